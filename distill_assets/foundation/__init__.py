@@ -1,0 +1,1 @@
+"""What every room stands on: errors, settings, homes, fingerprints, whole files, language models."""

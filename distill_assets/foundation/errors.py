@@ -1,0 +1,61 @@
+"""Every failure a user can mend has a name here and says what, where and what to do.
+
+A `DistillError` is printed as it stands, in one or two lines, without a traceback; any other
+exception is a defect of ours. Each class carries the exit code of the command line.
+"""
+
+
+class DistillError(Exception):
+    """A failure the user can mend; `str(error)` is the whole message."""
+
+    exit_code = 1
+
+
+class UsageError(DistillError):
+    """The command was called in a way that makes no sense."""
+
+    exit_code = 2
+
+
+class SettingsError(DistillError):
+    """distill.yaml is missing, unreadable, or says something impossible."""
+
+
+class HomeError(DistillError):
+    """A home folder is missing, not a home, or contradicts DAGSTER_HOME."""
+
+
+class ShardError(DistillError):
+    """A shard file, its name, or a row in it cannot be used."""
+
+
+class UnreadableFile(DistillError):
+    """A file that should be read is gone, truncated or damaged."""
+
+
+class ModelError(DistillError):
+    """A model or tokenizer cannot be found, loaded or used safely."""
+
+
+class DeviceError(DistillError):
+    """The device asked for is not there."""
+
+
+class IncompatibleTokenizers(DistillError):
+    """Teacher and student do not mean the same thing by an id, or segment text differently."""
+
+
+class CaptureError(DistillError):
+    """A capture could not be made, or a stored one cannot be read."""
+
+
+class CatalogError(DistillError):
+    """The catalog is missing, unreadable, or was asked for something it refuses."""
+
+
+class TrainingError(DistillError):
+    """A student cannot be trained from what is there."""
+
+
+class StaleInputs(DistillError):
+    """What was asked for needs something that is not up to date."""

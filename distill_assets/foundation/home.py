@@ -1,0 +1,117 @@
+"""A home: a folder with distill.yaml in which everything made lives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill_assets.foundation.errors import HomeError
+from distill_assets.foundation.files import write_text
+from distill_assets.foundation.fingerprints import HashCache
+from distill_assets.foundation.settings import SETTINGS_FILE, Settings, load_settings
+
+HOME_VARIABLE = "DISTILL_HOME"
+DAGSTER_VARIABLE = "DAGSTER_HOME"
+
+DAGSTER_YAML = """\
+# Dagster's instance of this home, written by distill_assets. Records only; the data lies beside it.
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+concurrency:
+  pools:
+    default_limit: 1      # one teacher on the GPU, one writer of the catalog, one training at a time
+    granularity: op       # `run` lets two command-line runs overlap
+run_monitoring:
+  enabled: true
+  start_timeout_seconds: 180
+retention:
+  schedule:
+    purge_after_days: 90
+  sensor:
+    purge_after_days:
+      skipped: 7
+      failure: 30
+      success: 90
+"""
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder and where everything in it lies. `root` is absolute."""
+
+    root: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.root / SETTINGS_FILE
+
+    @property
+    def captures(self) -> Path:
+        return self.root / "captures"
+
+    @property
+    def catalog(self) -> Path:
+        return self.root / "catalog.duckdb"
+
+    @property
+    def students(self) -> Path:
+        return self.root / "students"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def tokenizer_report(self) -> Path:
+        return self.root / "tokenizer_report.json"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def dagster(self) -> Path:
+        return self.root / "dagster"
+
+    def settings(self) -> Settings:
+        """distill.yaml as it is now; never remembered, so an edit is seen at the next call."""
+        return load_settings(self.settings_file)
+
+    def hashes(self, rehash: bool = False) -> HashCache:
+        return HashCache(self.root / ".cache" / "hashes.json", rehash=rehash)
+
+    def prepare_dagster(self) -> None:
+        """Make the Dagster instance folder; an existing dagster.yaml is the user's and is kept."""
+        if not (self.dagster / "dagster.yaml").exists():
+            write_text(self.dagster / "dagster.yaml", DAGSTER_YAML)
+
+
+def default_home() -> Path | None:
+    """`data/` beside workspace.yaml when this package runs from a checkout, else None."""
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout / "data" if (checkout / "workspace.yaml").exists() else None
+
+
+def find_home(named: Path | None = None) -> Home:
+    """The home named, else $DISTILL_HOME, else the checkout's `data/`.
+
+    Raises HomeError when there is none, when it has no distill.yaml, or when DAGSTER_HOME points
+    elsewhere: records of one home in the instance of another would say that nothing was captured.
+    """
+    variable = os.environ.get(HOME_VARIABLE)
+    folder = named or (Path(variable) if variable else None) or default_home()
+    if folder is None:
+        raise HomeError(f"no home given: pass --home DIR or set {HOME_VARIABLE}; `distill init DIR` makes one")
+    home = Home(folder.expanduser().resolve())
+    if not home.settings_file.exists():
+        raise HomeError(f"{home.root} has no {SETTINGS_FILE}; `distill init {folder}` makes it a home")
+    elsewhere = os.environ.get(DAGSTER_VARIABLE)
+    if elsewhere and Path(elsewhere).expanduser().resolve() != home.dagster:
+        raise HomeError(
+            f"{DAGSTER_VARIABLE} is {elsewhere}, but this home keeps its records in {home.dagster}; "
+            f'unset it, or run: eval "$(distill env --home {folder})"'
+        )
+    return home

@@ -1,0 +1,166 @@
+"""A causal language model split where distillation needs it split.
+
+Legend: B = batch, T = tokens of a row, N = chosen positions, D = width, W = head width,
+V = real vocabulary ids (0..V-1), W >= V when the head is padded.
+
+The body gives hidden states for every token; the head is computed only at chosen positions, a
+bounded number of rows at a time, so that no [B, T, V] tensor exists. `verify_split` proves on
+each loaded model that body, head and logit transform give what its own forward gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from distill_assets.foundation.errors import DeviceError, ModelError
+from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.settings import Dtype
+
+HEAD_ROWS = 128  # rows of logits held at once: 128 x 152k x 4 bytes = 78 MB
+NEVER = -1.0e30  # logit of an id that is not real; finite, so that 0 * NEVER stays 0
+
+torch.set_num_threads(int(os.environ.get("DISTILL_THREADS", torch.get_num_threads())))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `mps`, `cuda` or `cuda:N` as a device; DeviceError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name} is not known; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {name} was asked for, but PyTorch {torch.__version__} sees no CUDA device here; "
+            "use device auto or cpu, or install a CUDA build of torch"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps was asked for, but PyTorch sees no Apple GPU here; use device auto or cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"device {name} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own bars and advice while a model loads; ours say what matters."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer exactly as the code that encodes uses it; remote code is refused."""
+    folder.require_tokenizer()
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each backend raises its own kinds for a damaged file
+        raise ModelError(
+            f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({_first_line(error)})"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device) -> PreTrainedModel:
+    """A causal language model in evaluation mode, from safetensors only, in the dtype given."""
+    folder.config()
+    folder.weight_files()
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder.path,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
+        raise ModelError(
+            f"{folder.name}: the model in {folder.path} cannot be loaded ({_first_line(error)})"
+        ) from error
+    model.to(device).eval()  # type: ignore[arg-type]
+    verify_split(model, folder.name)
+    return model
+
+
+def real_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """V: one more than the largest id the tokenizer has a token for."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids below V that no token has; masked like padding."""
+    used = set(tokenizer.get_vocab().values())
+    return [i for i in range(max(used) + 1) if i not in used]
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """W: rows of the output head."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
+    """Final hidden states [B, T, D] of right-padded rows, after the body's last normalisation."""
+    output = model.base_model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False)
+    return output.last_hidden_state
+
+
+def head_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Logits [N, W] in the model's dtype, with the architecture's scaling and soft-capping."""
+    logits_NW: Tensor = model.get_output_embeddings()(hidden_ND)
+    config: Any = model.config
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits_NW = logits_NW * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits_NW = logits_NW / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits_NW = torch.tanh(logits_NW / cap) * cap
+    return logits_NW
+
+
+def real_logits(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: Tensor | None = None) -> Tensor:
+    """Float32 logits [N, V] over real ids: the head's padding cut off, ids without a token at NEVER."""
+    logits_NV = head_logits(model, hidden_ND)[:, :n_real].float()
+    if unused is not None and unused.numel():
+        logits_NV = logits_NV.index_fill(1, unused, NEVER)
+    return logits_NV
+
+
+@torch.no_grad()
+def verify_split(model: PreTrainedModel, name: str) -> None:
+    """ModelError unless body + head + transform equal the model's own logits on a short row."""
+    width = head_width(model) if model.get_output_embeddings() is not None else 0
+    if not width:
+        raise ModelError(f"{name}: {type(model).__name__} has no language-model head to distil from")
+    ids_BT = torch.arange(1, 9, device=model.device).remainder(width)[None]
+    attention_BT = torch.ones_like(ids_BT)
+    own = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits.float()
+    ours = head_logits(model, hidden_states(model, ids_BT, attention_BT)).float()
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"{name}: {type(model).__name__} changes its logits after the head in a way this version does not know; "
+            "it cannot be used"
+        )

@@ -1,0 +1,102 @@
+"""Where a model lies on disk: hub ids and folders resolved to a local folder, and its fingerprint.
+
+Only files are looked at here; nothing is loaded and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.fingerprints import HashCache, digest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder of a model. `name` is what the user wrote; `revision` a commit for hub ids."""
+
+    name: str
+    path: Path
+    revision: str | None
+
+    def config(self) -> dict[str, Any]:
+        """config.json as a mapping; ModelError when it is missing or not one."""
+        file = self.path / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{self.name}: no config.json in {self.path}; name a transformers model folder") from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.name}: config.json in {self.path} cannot be read ({error})") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"{self.name}: config.json in {self.path} is not a mapping")
+        return config
+
+    def require_tokenizer(self) -> None:
+        if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
+            raise ModelError(f"{self.name}: no tokenizer in {self.path}; save one there with save_pretrained")
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, sorted; ModelError when there are none, or an index names a missing one."""
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"{self.name}: no .safetensors in {self.path}; other weight formats can run code and are not read "
+                "(convert with save_pretrained)"
+            )
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise ModelError(f"{self.name}: {index.name} in {self.path} cannot be read ({error})") from error
+            if missing := sorted(named - {file.name for file in files}):
+                raise ModelError(f"{self.name}: {missing[0]} is missing in {self.path}; download or save it again")
+        return files
+
+    def fingerprint(self, hashes: HashCache) -> str:
+        """Hash of the weights' bytes and the configuration; equal for a hub id and a copy of its folder."""
+        config = {key: value for key, value in self.config().items() if key not in _VOLATILE_CONFIG}
+        return digest({"config": config, "weights": [[f.name, hashes.hash_of(f)] for f in self.weight_files()]})
+
+
+# Written by whoever saved the model and without effect on what it computes.
+_VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"})
+
+
+def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
+    """Find the folder of a hub id or path (relative to `root`).
+
+    A hub id is fetched once and pinned to a commit; HF_HUB_OFFLINE is honoured. Raises ModelError
+    with where was looked.
+    """
+    folder = (root / Path(name).expanduser()).resolve()
+    if folder.is_dir():
+        return ModelFolder(name, folder, None)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelError(f"model {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = " while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} ({reason})"
+        ) from None
+    return ModelFolder(name, path, path.name)

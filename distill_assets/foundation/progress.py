@@ -1,0 +1,35 @@
+"""How far a long step is, as a value that a terminal, a log and a web page can all show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a running step: `done` of `total` `unit`s after `seconds`."""
+
+    step: str
+    done: int
+    total: int
+    unit: str
+    seconds: float
+    note: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the step began; 0 before anything was done."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds left at the present rate, or None before there is a rate."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+ProgressListener = Callable[[Progress], None]
+
+
+def ignore_progress(progress: Progress) -> None:
+    """The listener of whoever does not want to know."""

@@ -1,0 +1,230 @@
+"""distill.yaml as frozen, described, validated values.
+
+The file says *what* is made and alone feeds identities; *how* it is made (device, batch size,
+workers) is Dagster run configuration and never part of these models. Every error names the file,
+the line, the key and what is allowed there.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distill_assets.foundation.errors import SettingsError
+
+SETTINGS_FILE = "distill.yaml"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TeacherSettings(_Spec):
+    """The model whose next-token distributions are recorded."""
+
+    model: NonEmpty = Field(description="hub id (owner/name) or folder, relative to this file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; resolved to a commit")
+    dtype: Dtype = Field("bfloat16", description="compute dtype; float32 on a CPU, where bfloat16 is slow")
+
+
+class StudentSettings(_Spec):
+    """Where the student's initial weights come from: exactly one of three."""
+
+    model: NonEmpty | None = Field(None, description="hub id or folder of a model to start from")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    from_teacher_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="teacher layers to keep, in order; embeddings and head come along"
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="a transformers configuration (with model_type); random initial weights"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSettings:
+        given = [name for name in ("model", "from_teacher_layers", "config") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of model, from_teacher_layers, config (given: {', '.join(given) or 'none'})"
+            )
+        if self.revision is not None and self.model is None:
+            raise ValueError("revision belongs to model; remove it")
+        if self.from_teacher_layers is not None:
+            layers = self.from_teacher_layers
+            if any(later <= earlier for earlier, later in pairwise(layers)):
+                raise ValueError("from_teacher_layers must be strictly increasing")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, such as llama")
+        return self
+
+
+class TokenizerSettings(_Spec):
+    """Differences between the two tokenizers the user takes on knowingly."""
+
+    accept: list[NonEmpty] = Field(
+        default_factory=list, description="names of differences `distill check` reported, to be accepted"
+    )
+
+
+class DataSettings(_Spec):
+    """Which files are shards, and how their rows become ids and a loss mask."""
+
+    shards: NonEmpty = Field("shards/*", description="glob of shard files, relative to this file")
+    heldout: list[NonEmpty] = Field(
+        default_factory=lambda: ["heldout*"], description="patterns of shard keys: captured, never trained on"
+    )
+    validation: list[NonEmpty] = Field(
+        default_factory=list, description="patterns of shard keys: watched during training, never trained on"
+    )
+    max_length: int = Field(2048, ge=2, description="longest row in tokens; the rest is cut and counted")
+    supervise: Literal["completion", "all"] = Field(
+        "completion", description="completion: completions and assistant turns are targets; all: every token"
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="fail: a bad row fails its shard; skip: it is left out, counted and listed"
+    )
+
+    @field_validator("shards")
+    @classmethod
+    def _inside(cls, pattern: str) -> str:
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise ValueError("must be a pattern inside the home, such as shards/*.jsonl")
+        return pattern
+
+
+class TargetSettings(_Spec):
+    """How much of each next-token distribution is kept."""
+
+    kind: Literal["top_k"] = Field("top_k", description="top_k: the k likeliest ids and the mass of the rest")
+    k: int = Field(64, ge=1, description="most ids kept at a position")
+    min_probability: float = Field(
+        0.0, ge=0.0, lt=1.0, description="of the k, only ids at least this likely (always the first)"
+    )
+    precision: Literal["compact", "exact"] = Field(
+        "compact", description="compact: log-probabilities in steps of 1/16 nat; exact: float32"
+    )
+
+
+class TrainingSettings(_Spec):
+    """How the student learns. All of it is part of the student's identity."""
+
+    objective: Literal["forward_kl"] = Field(
+        "forward_kl", description="forward KL on the kept ids with one bucket for the tail"
+    )
+    kd_weight: float = Field(0.9, ge=0.0, le=1.0, description="weight of distillation; the rest is cross-entropy")
+    epochs: int = Field(1, ge=1, description="passes over the training rows")
+    learning_rate: float = Field(2.0e-4, gt=0.0, description="peak learning rate of AdamW")
+    warmup_ratio: float = Field(0.05, ge=0.0, le=1.0, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="gradients are clipped to this norm")
+    batch_tokens: int = Field(2048, ge=2, description="most tokens, padding included, in one optimiser step")
+    freeze_embeddings: bool = Field(False, description="keep input embeddings (and a tied head) as they start")
+    seed: int = Field(0, ge=0, description="seed of the row order and of random initial weights")
+
+
+class AutomationSettings(_Spec):
+    """When Dagster runs by itself. Read when the web UI or daemon starts."""
+
+    start: bool = Field(False, description="start the sensor, conditions and schedule without a click")
+    watch_seconds: int = Field(15, ge=1, description="how often shards are looked at for changes")
+    schedule: NonEmpty = Field("0 2 * * *", description="cron expression of the refresh")
+
+
+class Settings(_Spec):
+    """All of distill.yaml."""
+
+    teacher: TeacherSettings
+    student: StudentSettings
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    targets: TargetSettings = TargetSettings()
+    training: TrainingSettings = TrainingSettings()
+    control: bool = Field(True, description="also train the hard-label control student")
+    automation: AutomationSettings = AutomationSettings()
+
+
+def load_settings(file: Path) -> Settings:
+    """Read and validate a distill.yaml; SettingsError names the file, line, key and what is allowed."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"{file} does not exist; `distill init {file.parent}` writes one") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read ({error.strerror})") from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_duplicate_keys(tree, file)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SettingsError(f"{file}{where}: not valid YAML ({problem})") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file}: must be a mapping with at least teacher and student")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(problem, tree, file) for problem in error.errors()[:3])) from None
+
+
+def _refuse_duplicate_keys(node: yaml.Node | None, file: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise SettingsError(f"{file} line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
+            seen.add(key.value)
+            _refuse_duplicate_keys(value, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicate_keys(item, file)
+
+
+def _line_of(location: tuple[int | str, ...], node: yaml.Node | None) -> int:
+    """1-based line of the deepest part of `location` that the file contains."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for part in location:
+        found: tuple[yaml.Node, int] | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    found = value, key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = node.value[part], node.value[part].start_mark.line + 1
+        if found is None:
+            break
+        node, line = found
+    return line
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Settings
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(problem: Any, tree: yaml.Node | None, file: Path) -> str:
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location) or "settings"
+    where = f"{file} line {_line_of(location, tree)}: {key}"
+    if problem["type"] == "extra_forbidden":
+        return f"{where} is not a setting; allowed here: {', '.join(_fields_at(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    said = "" if isinstance(given, dict | list) or problem["type"] == "value_error" else f" (given: {given!r})"
+    return f"{where}: {message[0].lower()}{message[1:]}{said}"
