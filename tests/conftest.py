@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads only wait for each other: 15 s become 1
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "yes"
 os.environ.pop("DAGSTER_HOME", None)
 os.environ.pop("DISTILL_HOME", None)
@@ -14,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
+from tests.bench import Bench
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrain
 def home(tmp_path: Path, teacher_folder: Path) -> Path:
     """A fresh home with three training shards and one held-out shard."""
     return tiny.make_home(tmp_path / "home", teacher_folder)
+
+
+@pytest.fixture
+def bench(home: Path) -> Bench:
+    return Bench(home)

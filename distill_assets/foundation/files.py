@@ -60,7 +60,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = _beside(path)
             os.replace(path, old)
-            os.replace(beside, path)
+            try:
+                os.replace(beside, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(beside, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -55,7 +56,7 @@ def content_hash(path: Path) -> str:
             hasher.update(block)
     except FileNotFoundError:
         raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UnreadableFile(f"{path}: cannot be read to its end ({error}); write the file again") from error
     return hasher.hexdigest()
 

@@ -89,6 +89,19 @@ class Home:
             write_text(self.dagster / "dagster.yaml", DAGSTER_YAML)
 
 
+def make_home(folder: Path, settings_text: str) -> Home:
+    """Make `folder` a home with this distill.yaml; HomeError when it is one already."""
+    home = Home(folder.expanduser().resolve())
+    if home.settings_file.exists():
+        raise HomeError(f"{home.root} is a home already; edit {home.settings_file}")
+    if home.root.exists() and not home.root.is_dir():
+        raise HomeError(f"{home.root} is a file; name a folder")
+    (home.root / "shards").mkdir(parents=True, exist_ok=True)
+    write_text(home.settings_file, settings_text)
+    home.prepare_dagster()
+    return home
+
+
 def default_home() -> Path | None:
     """`data/` beside workspace.yaml when this package runs from a checkout, else None."""
     checkout = Path(__file__).resolve().parents[2]

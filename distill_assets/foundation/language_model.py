@@ -11,8 +11,8 @@ each loaded model that body, head and logit transform give what its own forward 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +26,6 @@ from distill_assets.foundation.settings import Dtype
 
 HEAD_ROWS = 128  # rows of logits held at once: 128 x 152k x 4 bytes = 78 MB
 NEVER = -1.0e30  # logit of an id that is not real; finite, so that 0 * NEVER stays 0
-
-torch.set_num_threads(int(os.environ.get("DISTILL_THREADS", torch.get_num_threads())))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,8 +68,17 @@ def _first_line(error: Exception) -> str:
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """The tokenizer exactly as the code that encodes uses it; remote code is refused."""
+    """The tokenizer exactly as the code that encodes uses it; remote code is refused.
+
+    A process loads an unchanged tokenizer once; do not change the one you get.
+    """
     folder.require_tokenizer()
+    files = sorted(file for file in folder.path.iterdir() if file.suffix not in (".safetensors", ".lock"))
+    return _load_tokenizer(folder, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@lru_cache(maxsize=8)
+def _load_tokenizer(folder: ModelFolder, signature: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
@@ -121,9 +128,13 @@ def head_width(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def hidden_states(model: PreTrainedModel, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, D] of right-padded rows, after the body's last normalisation."""
-    output = model.base_model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False)
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Final hidden states [B, T, D] of right-padded rows, after the body's last normalisation.
+
+    No attention mask: in a causal model a token never sees what stands to its right, so padding
+    on the right changes nothing at real tokens, and attention takes its fast causal path.
+    """
+    output = model.base_model(input_ids=ids_BT, use_cache=False)
     return output.last_hidden_state
 
 
@@ -150,17 +161,19 @@ def real_logits(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: 
 
 @torch.no_grad()
 def verify_split(model: PreTrainedModel, name: str) -> None:
-    """ModelError unless body + head + transform equal the model's own logits on a short row."""
+    """ModelError unless body + head + transform equal the model's own logits on a short row, causally."""
     width = head_width(model) if model.get_output_embeddings() is not None else 0
     if not width:
         raise ModelError(f"{name}: {type(model).__name__} has no language-model head to distil from")
     ids_BT = torch.arange(1, 9, device=model.device).remainder(width)[None]
-    attention_BT = torch.ones_like(ids_BT)
-    own = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits.float()
-    ours = head_logits(model, hidden_states(model, ids_BT, attention_BT)).float()
+    own = model(input_ids=ids_BT, use_cache=False).logits.float()
+    ours = head_logits(model, hidden_states(model, ids_BT)).float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance):
         raise ModelError(
             f"{name}: {type(model).__name__} changes its logits after the head in a way this version does not know; "
             "it cannot be used"
         )
+    ids_BT[0, -1] = 0
+    if not torch.allclose(own[0, :-1], model(input_ids=ids_BT, use_cache=False).logits.float()[0, :-1], atol=tolerance):
+        raise ModelError(f"{name}: {type(model).__name__} lets a token see what comes after it; use a causal model")

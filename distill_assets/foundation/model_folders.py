@@ -57,7 +57,7 @@ class ModelFolder:
         if index.exists():
             try:
                 named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{self.name}: {index.name} in {self.path} cannot be read ({error})") from error
             if missing := sorted(named - {file.name for file in files}):
                 raise ModelError(f"{self.name}: {missing[0]} is missing in {self.path}; download or save it again")
@@ -85,7 +85,12 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"model {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
@@ -93,7 +98,7 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
         raise ModelError(
             f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         offline = " while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

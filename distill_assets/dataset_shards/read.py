@@ -1,0 +1,98 @@
+"""Shard files row by row, each with the line it stands on.
+
+JSONL is decoded line by line with the standard library: Polars guesses one schema for a whole file
+and cannot say which line is wrong. Parquet has a schema and is read by Polars.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import polars as pl
+import pyarrow as pa
+
+from distill_assets.dataset_shards.rows import KIND_OF, KNOWN_KEYS, BadRow, Row, parse_row
+from distill_assets.foundation.errors import ShardError, UnreadableFile
+from distill_assets.foundation.fingerprints import open_decompressed
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_rows(path: Path) -> Iterator[Row | BadRow]:
+    """Yield every row of a shard file in order, good and bad.
+
+    JSONL (plain, .gz, .zst): a row a line; blank lines are skipped. `.txt`: a `text` row a line
+    without its line break; blank lines are skipped. Parquet: a row a row. Raises UnreadableFile
+    when the file is gone or damaged, ShardError when no column of a Parquet file can be a row.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            parse = _parse_text if path.suffix == ".txt" else _parse_json
+            for line, content in _lines(path):
+                yield parse(line, content)
+    except FileNotFoundError:
+        raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
+    except (OSError, EOFError, zlib.error, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnreadableFile(f"{path}: cannot be read to its end ({reason}); write the file again") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of every line that is not blank; a byte order mark is dropped."""
+    with open_decompressed(path) as raw, io.BufferedReader(cast(io.RawIOBase, raw)) as stream:
+        for number, content in enumerate(stream, start=1):
+            if number == 1:
+                content = content.removeprefix(_BOM)
+            if content.strip():
+                yield number, content
+
+
+def _decode(content: bytes) -> str:
+    """Decode UTF-8; ValueError names the first byte that is not."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8: byte 0x{content[error.start]:02x} at byte {error.start + 1} of the line"
+        ) from None
+
+
+def _parse_json(line: int, content: bytes) -> Row | BadRow:
+    try:
+        return parse_row(line, json.loads(_decode(content)))
+    except json.JSONDecodeError as error:
+        cut = "" if content.endswith(b"\n") else "; the file ends in this line without a line break: is it cut off?"
+        return BadRow(line, f"not valid JSON ({error.msg} at character {error.pos + 1}){cut}")
+    except ValueError as error:  # not UTF-8, or a number of thousands of digits
+        return BadRow(line, str(error))
+    except RecursionError:
+        return BadRow(line, "not a row: nested too deeply")
+
+
+def _parse_text(line: int, content: bytes) -> Row | BadRow:
+    try:
+        return parse_row(line, {"text": _decode(content.removesuffix(b"\n").removesuffix(b"\r"))})
+    except ValueError as error:
+        return BadRow(line, str(error))
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    with path.open("rb") as file:  # a path would be taken as a pattern and its folders as columns
+        found = pl.read_parquet_schema(file)
+        columns = [name for name in KNOWN_KEYS if name in found]
+        if not any(name in KIND_OF for name in columns):
+            raise ShardError(
+                f"{path}: its columns are {', '.join(list(found)[:8])}; it needs text, prompt and completion, "
+                "messages, or input_ids"
+            )
+        file.seek(0)
+        frame = pl.read_parquet(file, columns=columns)
+    for number, values in enumerate(frame.iter_rows(named=True), start=1):
+        yield parse_row(number, values)

@@ -1,0 +1,194 @@
+"""The seven assets. Each body is one call between two translations: settings in, metadata out."""
+
+import dagster as dg
+
+from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.home import find_home
+from distill_assets.orchestration import automation_conditions as when
+from distill_assets.orchestration import metadata
+from distill_assets.orchestration.partitions import shard_partitions, sync_partitions
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.progress import progress_of
+from distill_assets.orchestration.states import OFF, AssetStates
+from distill_assets.student_model.identity import StudentKind
+from distill_assets.teacher_capture.capture import BATCH_TOKENS
+
+CODE_VERSION = "1"
+OWNERS = ["team:distillation"]
+GPU_POOL, CATALOG_POOL = "gpu", "catalog"
+
+
+class DeviceConfig(dg.Config):
+    """How an asset is made. Never part of an identity."""
+
+    device: str = "auto"
+    force: bool = False
+
+
+class CaptureConfig(DeviceConfig):
+    """How the teacher is run."""
+
+    batch_tokens: int = BATCH_TOKENS
+
+
+@dg.observable_source_asset(
+    partitions_def=shard_partitions,
+    group_name="data",
+    description="Shard files. A data version is the content joined with the capture settings: touching a file "
+    "changes nothing.",
+    tags={"dagster/kind/jsonl": "", "dagster/kind/parquet": ""},
+)
+def dataset_shards(context: dg.OpExecutionContext) -> dg.DataVersionsByPartition:
+    states = AssetStates(Pipeline(find_home()))
+    keys = [shard.key for shard in states.pipeline.discovery.shards]
+    sync_partitions(context.instance, set(keys))
+    return dg.DataVersionsByPartition({key: states.capture_version(key) for key in keys})
+
+
+observe_shards = dg.define_asset_job(
+    "observe_shards",
+    selection=dg.AssetSelection.assets("dataset_shards"),
+    description="Register the shard files as partitions and observe their versions.",
+)
+
+
+@dg.asset(
+    group_name="data",
+    kinds={"huggingface"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    automation_condition=when.ON_UPSTREAM,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "tokenizers_are_compatible",
+            asset="tokenizer_compatibility",
+            blocking=True,
+            description="Teacher and student mean the same by every id they share, and segment text alike.",
+        )
+    ],
+    description="Compares teacher and student tokenizers and heads; blocks everything after it if they disagree.",
+)
+def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    pipeline = Pipeline(find_home())
+    report = pipeline.check_tokenizers()
+    return dg.MaterializeResult(
+        metadata=metadata.of_tokenizers(report, pipeline.home.tokenizer_report),
+        data_version=dg.DataVersion(pipeline.tokenizer_identity),
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="tokenizers_are_compatible",
+                passed=report.usable,
+                metadata={"verdict": report.verdict, "reasons": "\n".join(report.reasons) or "none"},
+            )
+        ],
+    )
+
+
+@dg.asset(
+    partitions_def=shard_partitions,
+    deps=[dataset_shards, tokenizer_compatibility],
+    group_name="capture",
+    kinds={"pytorch", "parquet"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    pool=GPU_POOL,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    automation_condition=when.ON_CHANGE,
+    description="The teacher's top-k log-probabilities of one shard, one Parquet file a shard version. "
+    "Rows captured before are copied; the teacher sees only what is new.",
+)
+def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
+    states = AssetStates(Pipeline(find_home()))
+    captures = []
+    for key in context.partition_keys:
+        report = states.pipeline.capture(
+            key,
+            device=config.device,
+            batch_tokens=config.batch_tokens,
+            force=config.force,
+            on_progress=progress_of(context),
+        )
+        captures.append(report.capture)
+        context.add_asset_metadata(metadata.of_capture_report(report), partition_key=key)
+    versions = [states.capture_version(key) for key in context.partition_keys]
+    # A run of several partitions has one data version for all; `distill run` then records each its own.
+    version = versions[0] if len(versions) == 1 else digest(versions)
+    return dg.MaterializeResult(metadata=metadata.of_captures(captures), data_version=dg.DataVersion(version))
+
+
+@dg.asset(
+    deps=[teacher_capture],
+    group_name="capture",
+    kinds={"duckdb"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    pool=CATALOG_POOL,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    automation_condition=when.ON_ANY_CAPTURE,
+    description="DuckDB index of all captures: examples, statistics, lineage, history.",
+)
+def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    pipeline = Pipeline(find_home())
+    report = pipeline.refresh_catalog()
+    return dg.MaterializeResult(
+        metadata=metadata.of_catalog(report, pipeline), data_version=dg.DataVersion(report.identity)
+    )
+
+
+def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
+    states = AssetStates(Pipeline(find_home()))
+    record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
+    states.pipeline.refresh_catalog()  # the catalog's lineage now knows this student
+    folder = states.students.folder(kind)
+    return dg.MaterializeResult(
+        metadata=metadata.of_student(record, folder), data_version=dg.DataVersion(record.spec.student_id)
+    )
+
+
+@dg.asset(
+    deps=[capture_catalog],
+    group_name="students",
+    kinds={"huggingface", "pytorch"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    pool=GPU_POOL,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    automation_condition=when.ON_UPSTREAM,
+    description="The student, trained on the captured distributions; loads with from_pretrained.",
+)
+def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+    return _student(context, config, "student")
+
+
+@dg.asset(
+    deps=[capture_catalog],
+    group_name="students",
+    kinds={"huggingface", "pytorch"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    pool=GPU_POOL,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    automation_condition=when.ON_UPSTREAM,
+    description="The honest control: same start, rows, order and steps, hard labels only.",
+)
+def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+    if not find_home().settings().control:
+        return dg.MaterializeResult(metadata={"control": "switched off"}, data_version=dg.DataVersion(OFF))
+    return _student(context, config, "control")
+
+
+@dg.asset(
+    deps=[capture_catalog, student_model, control_student],
+    group_name="students",
+    kinds={"html"},
+    owners=OWNERS,
+    code_version=CODE_VERSION,
+    pool=GPU_POOL,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    automation_condition=when.ON_UPSTREAM,
+    description="Held-out figures of untrained student, student, control and teacher, with plots.",
+)
+def student_evaluation(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+    students = AssetStates(Pipeline(find_home())).students
+    folder = students.evaluate(device=config.device, force=config.force, on_progress=progress_of(context))
+    return dg.MaterializeResult(metadata=metadata.of_report(folder), data_version=dg.DataVersion(students.report_id))

@@ -1,0 +1,217 @@
+"""What `distill run` and the nightly schedule do: one Dagster run for each thing that changed.
+
+Nothing built into Dagster selects "changed only", so this walks the graph in order, asks the
+pipeline what is current, and runs exactly the rest, in this process, on the home's instance: real
+run records, one load of the teacher, no run for what did not change.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+from distill_assets.dataset_shards.discover import Shard
+from distill_assets.foundation.errors import CaptureError, DistillError, StaleInputs, UsageError
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration import records
+from distill_assets.orchestration.instance import close_dead_runs, open_instance, process_tags
+from distill_assets.orchestration.partitions import recorded_version
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import INPUTS, AssetStates
+from distill_assets.student_evaluation.report import HTML_FILE
+from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
+
+StepListener = Callable[[str], None]
+WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", "student_evaluation"})
+
+
+@dataclass
+class RunReport:
+    """What a run did. `captured_shards`: those for which a file was written."""
+
+    captured_shards: list[str] = field(default_factory=list)
+    rows_captured: int = 0
+    rows_reused: int = 0
+    tokens_captured: int = 0
+    capture_seconds: float = 0.0
+    materialized: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    catalog: dict[str, Any] | None = None
+    student_id: str | None = None
+    control_id: str | None = None
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    report: str | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and `error` when shards failed."""
+        values = dict(vars(self))
+        return values | ({"error": self._failure_message()} if self.failures else {})
+
+    def _failure_message(self) -> str:
+        first, *others = self.failures.values()
+        more = f" (and {len(others)} more; `distill plan` lists them)" if others else ""
+        return f"{first}{more}\nthe other shards are captured and in the catalog; the student was not trained"
+
+    def raise_failures(self) -> None:
+        """CaptureError when a shard failed, in two lines."""
+        if self.failures:
+            raise CaptureError(self._failure_message())
+
+
+def bring_up_to_date(
+    definitions: dg.Definitions,
+    home: Home,
+    *,
+    shards: Sequence[str] = (),
+    only: str | None = None,
+    device: str = "auto",
+    force: bool = False,
+    rehash: bool = False,
+    on_step: StepListener = lambda line: None,
+) -> RunReport:
+    """Materialise what is not current. `shards`: capture those and refresh the catalog only;
+    `only`: that asset alone, StaleInputs if what it reads is not up to date.
+
+    A failing shard does not hold back the others: they are captured, the catalog is refreshed, no
+    student is trained, and the report's `failures` say why. Any other failure is raised.
+    """
+    if only is not None and only not in INPUTS:
+        raise UsageError(f"there is no asset {only} to run; choose one of: {', '.join(INPUTS)}")
+    if only is not None and shards:
+        raise UsageError("give --shard or --only, not both")
+    started = time.monotonic()
+    with open_instance(home) as instance:
+        for run_id in close_dead_runs(instance):
+            on_step(f"closed run {run_id[:8]}, whose process was gone")
+        walk = _Walk(definitions, instance, Pipeline(home, rehash=rehash), device, force, on_step)
+        if only is not None:
+            walk.only(only)
+        else:
+            walk.everything(shards)
+    walk.report.seconds = round(time.monotonic() - started, 2)
+    return walk.report
+
+
+class _Walk:
+    """One pass over the graph."""
+
+    def __init__(
+        self,
+        definitions: dg.Definitions,
+        instance: dg.DagsterInstance,
+        pipeline: Pipeline,
+        device: str,
+        force: bool,
+        on_step: StepListener,
+    ) -> None:
+        self.job = definitions.resolve_implicit_global_asset_job_def()
+        self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
+        self.device, self.force, self.on_step = device, force, on_step
+        self.report = RunReport()
+
+    def everything(self, shards: Sequence[str]) -> None:
+        plan = self.pipeline.plan()
+        self._require_shards(plan, shards)
+        records.observe_shards(self.instance, self.states)
+        self._check_tokenizers()
+        self._capture(plan, shards)
+        self._bring("capture_catalog")
+        self.report.catalog = self.pipeline.catalog_summary()
+        if not shards and not self.report.failures:
+            self.states.students.require_inputs()
+            for asset in ("student_model", "control_student", "student_evaluation"):
+                self._bring(asset)
+            self._report_students()
+
+    def only(self, asset: str) -> None:
+        records.observe_shards(self.instance, self.states)
+        if stale := self.states.stale_inputs(asset):
+            raise StaleInputs(f"{asset} reads {stale[0]}, which is not up to date; `distill run` brings all up to date")
+        if asset == "teacher_capture":
+            plan = self.pipeline.plan()
+            self._require_shards(plan, ())
+            self._capture(plan, ())
+        else:
+            self._bring(asset)
+        if not self.pipeline.uncaptured:
+            self._report_students()
+
+    def _require_shards(self, plan: CapturePlan, shards: Sequence[str]) -> None:
+        present = {p.shard for p in plan.shards if p.state != "removed"}
+        if not present:
+            where = f"data.shards ({self.pipeline.settings.data.shards}) in {self.pipeline.home.root}"
+            raise StaleInputs(f"there are no shards: nothing matches {where}; put a file there")
+        for shard in shards:
+            if shard not in present:
+                raise UsageError(f"there is no shard {shard}; `distill plan` lists them")
+
+    def _check_tokenizers(self) -> None:
+        try:
+            self._bring("tokenizer_compatibility")
+        except dg.DagsterError:  # the blocking check failed; the guard says why, with the evidence
+            self.pipeline.require_compatible()
+            raise
+        self.pipeline.require_compatible()
+
+    def _capture(self, plan: CapturePlan, only: Sequence[str]) -> None:
+        """Run the plan's shards, one Dagster run each; a failure is kept and the next one goes on."""
+        records.add_missing_captures(self.instance, self.pipeline)
+        planned = {p.shard: p for p in plan.shards if not only or p.shard in only}
+        unusable = {p.key: p.message for p in self.pipeline.discovery.problems}
+        self.report.failures |= {key: unusable[key] for key in planned if key in unusable}
+        candidates = self.pipeline.discovery.shards if self.force else plan.todo
+        for shard in candidates:
+            if shard.key in planned:
+                self._capture_one(shard, _why(planned[shard.key]))
+        self.pipeline.forget_captures()
+
+    def _capture_one(self, shard: Shard, why: str) -> None:
+        self.on_step(f"teacher_capture {shard.key} ({why})")
+        try:
+            self._materialize("teacher_capture", partition=shard.key, why=why)
+        except DistillError as error:
+            self.report.failures[shard.key] = str(error)
+            return
+        stats = self.pipeline.capture_of(shard).stats
+        self.report.captured_shards.append(shard.key)
+        self.report.rows_captured += stats.rows_captured
+        self.report.rows_reused += stats.rows_reused
+        self.report.tokens_captured += stats.tokens_captured
+        self.report.capture_seconds = round(self.report.capture_seconds + stats.seconds, 2)
+
+    def _bring(self, asset: str) -> None:
+        """Materialise an unpartitioned asset unless it is current and Dagster knows."""
+        forced = self.force and asset in WITH_DEVICE
+        recorded = recorded_version(self.instance, asset) == self.states.data_version(asset)
+        if forced or not recorded or not self.states.is_current(asset):
+            self.on_step(asset)
+            self._materialize(asset)
+
+    def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> None:
+        config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
+        self.job.execute_in_process(
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(asset)],
+            partition_key=partition,
+            run_config={
+                "ops": {asset: {"config": config}} if config else {},
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            tags=process_tags() | ({"distill/why": why} if why else {}),
+        )
+        self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
+
+    def _report_students(self) -> None:
+        students = self.states.students
+        self.report.student_id = students.ids["student"]
+        self.report.control_id = students.ids.get("control")
+        if record := students.evaluation():
+            self.report.evaluation = record["summary"]
+            self.report.report = str(students.report_folder / HTML_FILE)
+
+
+def _why(plan: ShardPlan) -> str:
+    return f"{plan.state}: {plan.rows_to_capture:,} rows of {plan.rows or 0:,}"

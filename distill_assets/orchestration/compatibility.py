@@ -1,0 +1,88 @@
+"""The tokenizer check of a home, or of two models named on the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.language_model import load_tokenizer
+from distill_assets.foundation.model_folders import ModelFolder, resolve_model
+from distill_assets.foundation.settings import Settings
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.tokenizer_compatibility.compare import compare_tokenizers, inherited_report
+from distill_assets.tokenizer_compatibility.sides import TokenizerSide
+from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
+from distill_assets.tokenizer_compatibility.report import TokenizerReport
+
+CHECK_VERSION = 1  # part of a verdict's identity: raised when a verdict would come out differently
+
+_reports: dict[str, TokenizerReport] = {}  # a verdict follows from its identity, so a process reaches it once
+
+
+def configured_head_width(folder: ModelFolder) -> int | None:
+    """Rows of the head as config.json says; None when it does not."""
+    return _width(folder.config())
+
+
+def _width(config: dict[str, Any]) -> int | None:
+    width = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return width if isinstance(width, int) else None
+
+
+def student_head_width(settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> int:
+    """Rows of the student's head: its own, its teacher's, or its configuration's (default: the real ids)."""
+    origin = settings.student
+    if origin.config is not None:
+        return int(origin.config.get("vocab_size", spec.encoder.n_real))
+    folder = student or spec.teacher
+    width = configured_head_width(folder)
+    if width is None:
+        raise ModelError(f"{folder.name}: config.json in {folder.path} names no vocab_size; add it")
+    return width
+
+
+def identity(settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> str:
+    """Hash of all that the verdict depends on."""
+    return digest(
+        {
+            "check": CHECK_VERSION,
+            "teacher": [spec.identity["tokenizer"], configured_head_width(spec.teacher)],
+            "student": tokenizer_fingerprint(load_tokenizer(student)) if student else None,
+            "student_head": student_head_width(settings, spec, student),
+            "accept": settings.tokenizer.accept,
+        }
+    )
+
+
+def report(key: str, settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> TokenizerReport:
+    """The verdict on a home's pair; `key` is its `identity`."""
+    if key not in _reports:
+        teacher = _side(spec.teacher)
+        _reports[key] = (
+            compare_tokenizers(teacher, _side(student), settings.tokenizer.accept)
+            if student
+            else inherited_report(teacher, student_head_width(settings, spec, student))
+        )
+    return _reports[key]
+
+
+def compare_models(teacher: str, student: str, root: Path) -> TokenizerReport:
+    """The verdict on two models by name, without a home; weights are not needed."""
+    return compare_tokenizers(_side(resolve_model(teacher, None, root)), _side(resolve_model(student, None, root)))
+
+
+def _side(folder: ModelFolder) -> TokenizerSide:
+    try:
+        width = configured_head_width(folder)
+    except ModelError:  # a tokenizer alone: its head is unknown, and the report says so
+        width = None
+    return TokenizerSide(folder.name, load_tokenizer(folder), width)
+
+
+def written_identity(file: Path) -> str | None:
+    """The identity a tokenizer_report.json was written for; None when there is none that can be read."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

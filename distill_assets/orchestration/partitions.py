@@ -1,0 +1,40 @@
+"""Shards as dynamic partitions, and what Dagster has seen of them."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+from dagster import DagsterEventType
+
+DATA_VERSION_TAG = "dagster/data_version"
+
+SHARDS = "shards"
+shard_partitions = dg.DynamicPartitionsDefinition(name=SHARDS)
+
+
+def shard_data_version(shard_version: str, capture_id: str) -> str:
+    """Data version of a shard: content joined with the capture settings, so both kinds of change ripple."""
+    return f"{shard_version[:16]}-{capture_id}"
+
+
+def sync_partitions(instance: dg.DagsterInstance, keys: set[str]) -> None:
+    """Make the registered partitions exactly `keys`."""
+    registered = set(instance.get_dynamic_partitions(SHARDS))
+    if new := sorted(keys - registered):
+        instance.add_dynamic_partitions(SHARDS, new)
+    for key in sorted(registered - keys):
+        instance.delete_dynamic_partition(SHARDS, key)
+
+
+def recorded_versions(
+    instance: dg.DagsterInstance, asset: str, event: DagsterEventType = DagsterEventType.ASSET_MATERIALIZATION
+) -> Mapping[str, str]:
+    """Partition -> data version of its latest event, as Dagster has it on record."""
+    tags = instance.event_log_storage.get_latest_tags_by_partition(dg.AssetKey(asset), event, [DATA_VERSION_TAG])
+    return {partition: values[DATA_VERSION_TAG] for partition, values in tags.items() if DATA_VERSION_TAG in values}
+
+
+def recorded_version(instance: dg.DagsterInstance, asset: str) -> str | None:
+    """Data version of an unpartitioned asset's latest materialisation."""
+    entry = instance.get_latest_materialization_event(dg.AssetKey(asset))
+    materialization = entry.asset_materialization if entry else None
+    return (materialization.tags or {}).get(DATA_VERSION_TAG) if materialization else None

@@ -1,0 +1,166 @@
+"""What each asset of a home would make now: settings translated into the domain's values.
+
+A `Pipeline` is a snapshot: distill.yaml and the shard files are looked at once. Every tick, run
+and command makes a new one, so an edit is seen at once. Nothing here knows Dagster.
+"""
+
+from functools import cached_property
+from typing import Any
+
+from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
+from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
+from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards
+from distill_assets.foundation.errors import CaptureError, StaleInputs
+from distill_assets.foundation.files import write_json
+from distill_assets.foundation.home import Home
+from distill_assets.foundation.model_folders import ModelFolder, resolve_model
+from distill_assets.foundation.progress import ProgressListener, ignore_progress
+from distill_assets.orchestration import compatibility
+from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
+from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
+from distill_assets.teacher_capture.plan import CapturePlan, plan_capture
+from distill_assets.teacher_capture.store import Capture, CaptureStore
+from distill_assets.tokenizer_compatibility.report import TokenizerReport, require_compatible
+
+
+class Pipeline:
+    """The capture side of a home; `students.StudentSide` continues it."""
+
+    def __init__(self, home: Home, rehash: bool = False) -> None:
+        self.home = home
+        self.settings = home.settings()
+        self.store = CaptureStore(home.captures)
+        self.hashes = home.hashes(rehash)
+
+    @cached_property
+    def spec(self) -> CaptureSpec:
+        """The capture identity and what it is made of; no weights are loaded."""
+        spec = capture_spec(self.home, self.settings, self.hashes)
+        self.hashes.save()
+        return spec
+
+    @cached_property
+    def discovery(self) -> Discovery:
+        discovery = discover_shards(self.home.root, self.settings.data, self.hashes)
+        self.hashes.save()
+        return discovery
+
+    @cached_property
+    def student_folder(self) -> ModelFolder | None:
+        """The folder of `student.model`; None for a student made from layers or a configuration."""
+        origin = self.settings.student
+        return resolve_model(origin.model, origin.revision, self.home.root) if origin.model else None
+
+    # tokenizers ------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer_identity(self) -> str:
+        return compatibility.identity(self.settings, self.spec, self.student_folder)
+
+    def tokenizer_report(self) -> TokenizerReport:
+        return compatibility.report(self.tokenizer_identity, self.settings, self.spec, self.student_folder)
+
+    @property
+    def tokenizer_report_is_current(self) -> bool:
+        return compatibility.written_identity(self.home.tokenizer_report) == self.tokenizer_identity
+
+    def check_tokenizers(self) -> TokenizerReport:
+        """Reach the verdict and write tokenizer_report.json, whatever it is."""
+        report = self.tokenizer_report()
+        write_json(self.home.tokenizer_report, {"identity": self.tokenizer_identity, **report.to_json()})
+        return report
+
+    def require_compatible(self) -> None:
+        """The guard in front of capture and training, whichever way they are started."""
+        require_compatible(self.tokenizer_report())
+
+    # captures --------------------------------------------------------------------------------
+
+    def shard(self, key: str) -> Shard:
+        """The shard with this key; CaptureError when there is none, or its file cannot be used."""
+        for shard in self.discovery.shards:
+            if shard.key == key:
+                return shard
+        for problem in self.discovery.problems:
+            if problem.key == key:
+                raise CaptureError(problem.message)
+        raise CaptureError(f"shard {key}: no file for it in {self.home.root}; put it back, or forget the partition")
+
+    def capture(
+        self, key: str, *, device: str, batch_tokens: int, force: bool, on_progress: ProgressListener = ignore_progress
+    ) -> CaptureReport:
+        """Make one shard's capture current. The tokenizer guard comes before the teacher."""
+        self.require_compatible()
+        return capture_shard(
+            self.spec,
+            self.shard(key),
+            self.store,
+            device=device,
+            batch_tokens=batch_tokens,
+            force=force,
+            on_progress=on_progress,
+        )
+
+    def capture_of(self, shard: Shard) -> Capture:
+        """The current capture of a shard; StaleInputs when there is none."""
+        if found := self.store.find(self.spec.capture_id, shard.key, shard.version):
+            return found
+        raise StaleInputs(f"shard {shard.key} has no current capture; `distill run` captures it")
+
+    @cached_property
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        """Current captures of the shards on disk. A damaged file is not a capture; the plan reports it."""
+        found = []
+        for shard in self.discovery.shards:
+            try:
+                found.append(CatalogEntry(self.capture_of(shard), shard.role))
+            except (StaleInputs, CaptureError):
+                continue
+        return tuple(found)
+
+    def forget_captures(self) -> None:
+        """Look at the store anew: captures were made."""
+        self.__dict__.pop("entries", None)
+
+    @cached_property
+    def uncaptured(self) -> tuple[str, ...]:
+        """Shards on disk without a current capture, and those that cannot be used."""
+        have = {entry.capture.shard for entry in self.entries}
+        keys = [shard.key for shard in self.discovery.shards] + [problem.key for problem in self.discovery.problems]
+        return tuple(sorted(set(keys) - have))
+
+    def plan(self) -> CapturePlan:
+        """What a run would capture, and why."""
+        catalogued = read_meta(self.home.catalog)
+        return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
+
+    # catalog ---------------------------------------------------------------------------------
+
+    @property
+    def catalog_identity(self) -> str:
+        return catalog_identity(self.home.root, self.entries)
+
+    @property
+    def catalog_is_current(self) -> bool:
+        meta = read_meta(self.home.catalog)
+        return meta is not None and meta[0] == self.catalog_identity
+
+    def refresh_catalog(self) -> CatalogReport:
+        return build_catalog(self.home.catalog, self.store, self.entries, self.home.students)
+
+    def catalog_summary(self) -> dict[str, Any]:
+        """Sums and position-weighted means over current captures, or {} when there are none."""
+        captures = [entry.capture for entry in self.entries]
+        positions = sum(c.stats.supervised_tokens for c in captures)
+        if not positions:
+            return {}
+        return {
+            "shards": len(captures),
+            "examples": sum(c.stats.rows for c in captures),
+            "tokens": sum(c.stats.tokens for c in captures),
+            "supervised_tokens": positions,
+            "bytes": sum(c.bytes for c in captures),
+            "bytes_per_token": sum(c.bytes for c in captures) / positions,
+            "mean_kept_ids": sum(c.stats.kept_ids for c in captures) / positions,
+            "mean_kept_mass": sum(c.stats.mean_kept_mass * c.stats.supervised_tokens for c in captures) / positions,
+        }

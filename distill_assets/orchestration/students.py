@@ -1,0 +1,215 @@
+"""What the students and their evaluation would be now: the second half of a home's pipeline."""
+
+import json
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distill_assets.capture_catalog.refresh import CatalogEntry
+from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
+from distill_assets.foundation.language_model import load_model, load_tokenizer, resolve_device
+from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.progress import ProgressListener, ignore_progress
+from distill_assets.orchestration import compatibility
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.student_evaluation.evaluation import evaluate
+from distill_assets.student_evaluation.report import (
+    HTML_FILE,
+    JSON_FILE,
+    Heldout,
+    ReportDetails,
+    report_id,
+    write_report,
+)
+from distill_assets.student_model.identity import StudentKind, student_id
+from distill_assets.student_model.initial import initial_student, initial_weights_fingerprint
+from distill_assets.student_model.saving import StudentRecord, StudentSpec, UsedCapture, read_student
+from distill_assets.student_model.training import train_student
+from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.store import read_row_keys, read_rows
+
+
+class StudentSide:
+    """Students of a pipeline: names, training, evaluation."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.home = pipeline.home
+        self.settings = pipeline.settings
+
+    def _entries(self, role: str) -> list[CatalogEntry]:
+        return [entry for entry in self.pipeline.entries if entry.role == role]
+
+    def _rows(self, role: str) -> list[CapturedRow]:
+        return [row for entry in self._entries(role) for row in read_rows(entry.capture.path)]
+
+    @property
+    def kinds(self) -> tuple[StudentKind, ...]:
+        return ("student", "control") if self.settings.control else ("student",)
+
+    def require_inputs(self) -> None:
+        """StaleInputs unless every shard on disk is captured: a student never trains on part of the data unsaid."""
+        if missing := self.pipeline.uncaptured:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise StaleInputs(
+                f"shard {missing[0]}{more} has no current capture, so no student is trained; `distill plan` says why"
+            )
+        if not self._entries("train"):
+            raise TrainingError("there are no training shards: every shard matches data.heldout or data.validation")
+
+    # identities ------------------------------------------------------------------------------
+
+    @cached_property
+    def vocabulary(self) -> StudentVocabulary:
+        """Ids that both sides have: the outcomes of the student's softmax."""
+        folder = self.pipeline.student_folder
+        width = compatibility.student_head_width(self.settings, self.pipeline.spec, folder)
+        teacher = load_tokenizer(self.pipeline.spec.teacher)
+        return shared_vocabulary(teacher, load_tokenizer(folder) if folder else None, width)
+
+    @cached_property
+    def ids(self) -> dict[StudentKind, str]:
+        """Identity of each student that should exist; reads row keys only."""
+        rows = {role: [k for e in self._entries(role) for k in read_row_keys(e.capture.path)] for role in _LEARNT_FROM}
+        spec = self.pipeline.spec
+        start = initial_weights_fingerprint(
+            self.settings.student,
+            spec.teacher,
+            self.pipeline.student_folder,
+            self.vocabulary.n_real,
+            self.settings.training.seed,
+            self.pipeline.hashes,
+        )
+        return {
+            kind: student_id(
+                kind,
+                rows["train"],
+                rows["validation"],
+                self.settings.training,
+                start,
+                self.vocabulary,
+                spec.identity["tokenizer"],
+                [spec.capture_id],
+            )
+            for kind in self.kinds
+        }
+
+    def folder(self, kind: StudentKind) -> Path:
+        return self.home.students / self.ids[kind]
+
+    def exists(self, kind: StudentKind) -> bool:
+        """Whether the student of this identity is there, whole."""
+        try:
+            return read_student(self.folder(kind)).spec.student_id == self.ids[kind]
+        except TrainingError:
+            return False
+
+    @property
+    def report_id(self) -> str:
+        heldout = [(e.capture.shard, e.capture.version, e.capture.capture_id) for e in self._entries("heldout")]
+        return report_id({str(kind): i for kind, i in self.ids.items()}, heldout)
+
+    @property
+    def report_folder(self) -> Path:
+        return self.home.reports / self.report_id
+
+    @property
+    def report_exists(self) -> bool:
+        return all((self.report_folder / name).is_file() for name in (HTML_FILE, JSON_FILE))
+
+    # making ----------------------------------------------------------------------------------
+
+    def train(
+        self, kind: StudentKind, *, device: str, force: bool, on_progress: ProgressListener = ignore_progress
+    ) -> StudentRecord:
+        """The student of this kind, trained unless it exists. The tokenizer guard comes first."""
+        self.require_inputs()
+        self.pipeline.require_compatible()
+        if force or not self.exists(kind):
+            spec = self.pipeline.spec
+            train_student(
+                self._spec(kind),
+                self._initial(device),
+                load_tokenizer(spec.teacher),
+                self._rows("train"),
+                self.folder(kind),
+                validation=self._rows("validation"),
+                device=device,
+                on_progress=on_progress,
+            )
+        return read_student(self.folder(kind))
+
+    def _spec(self, kind: StudentKind) -> StudentSpec:
+        used = [e.capture for role in _LEARNT_FROM for e in self._entries(role)]
+        return StudentSpec(
+            student_id=self.ids[kind],
+            kind=kind,
+            teacher=self.pipeline.spec.teacher.name,
+            origin=self.settings.student,
+            training=self.settings.training,
+            vocabulary=self.vocabulary,
+            captures=tuple(UsedCapture(c.shard, c.version, c.capture_id, c.stats.rows) for c in used),
+            accepted_differences=tuple(self.pipeline.tokenizer_report().accepted),
+        )
+
+    def _initial(self, device: str) -> Any:
+        return initial_student(
+            self.settings.student,
+            self.pipeline.spec.teacher,
+            self.pipeline.student_folder,
+            self.vocabulary.n_real,
+            self.settings.training.seed,
+            resolve_device(device),
+        )
+
+    def evaluate(self, *, device: str, force: bool, on_progress: ProgressListener = ignore_progress) -> Path:
+        """The report's folder; written unless it exists. StaleInputs when a student is missing."""
+        self.require_inputs()
+        for kind in self.kinds:
+            if not self.exists(kind):
+                raise StaleInputs(f"the {kind} {self.ids[kind]} is not trained yet; `distill run` trains it")
+        if force or not self.report_exists:
+            self._write_report(device, on_progress)
+        return self.report_folder
+
+    def _write_report(self, device: str, on_progress: ProgressListener) -> None:
+        target = resolve_device(device)
+        models = {"untrained": lambda: self._initial(device).eval()}
+        for kind in self.kinds:
+            saved = ModelFolder(kind, self.folder(kind), None)
+            models[kind] = lambda saved=saved: load_model(saved, "float32", target)  # type: ignore[misc]
+        heldout = self._entries("heldout")
+        width = compatibility.student_head_width(self.settings, self.pipeline.spec, self.pipeline.student_folder)
+        rows = {e.capture.shard: fit_rows(read_rows(e.capture.path), self.vocabulary, width)[0] for e in heldout}
+        evaluation = evaluate(rows, models, self.vocabulary, on_progress=on_progress)
+        curves: dict[str, list[dict[str, Any]]] = {
+            kind: [asdict(point) for point in read_student(self.folder(kind)).report.curve] for kind in self.kinds
+        }
+        spec = self.pipeline.spec
+        origin = self.settings.student.model_dump(exclude_none=True)
+        details = ReportDetails(
+            report_id=self.report_id,
+            teacher=spec.teacher.name,
+            student=", ".join(f"{name} {value}" for name, value in origin.items()),
+            student_id=self.ids["student"],
+            control_id=self.ids.get("control"),
+            heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
+            targets=spec.targets.model_dump(),
+            training=self.settings.training.model_dump(),
+        )
+        write_report(evaluation, curves, details, load_tokenizer(spec.teacher), self.report_folder)
+
+    # what was found --------------------------------------------------------------------------
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """report.json of the current report, or None when it was not made."""
+        try:
+            record: dict[str, Any] = json.loads((self.report_folder / JSON_FILE).read_text(encoding="utf-8"))
+            return record
+        except (OSError, ValueError, DistillError):
+            return None
+
+
+_LEARNT_FROM = ("train", "validation")

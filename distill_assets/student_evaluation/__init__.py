@@ -1,0 +1,1 @@
+"""How close the student came to its teacher on rows it never saw: figures, pictures, a report."""

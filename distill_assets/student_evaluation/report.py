@@ -1,0 +1,229 @@
+"""The report: one self-contained HTML page, the same as JSON, and a Markdown summary."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from transformers import PreTrainedTokenizerBase
+
+from distill_assets.foundation.files import replacing_folder, write_json, write_text
+from distill_assets.foundation.fingerprints import digest
+from distill_assets.student_evaluation.bootstrap import REPLICATES
+from distill_assets.student_evaluation.evaluation import Evaluation
+from distill_assets.student_evaluation.figures import TEACHER, Scope
+from distill_assets.student_evaluation.metrics import METRICS
+from distill_assets.student_evaluation.plots import Curve, draw_pictures
+from distill_assets.student_evaluation.samples import Ranked, Sample
+from distill_assets.student_evaluation.wording import (
+    difference_rows,
+    number,
+    summary_rows,
+    verdict,
+    write_estimate,
+)
+
+REPORT_VERSION = 1  # part of a report's identity: raised when figures would come out differently
+HTML_FILE, JSON_FILE, SUMMARY_FILE = "report.html", "report.json", "summary.md"
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """One held-out capture: shard key, shard version, capture id."""
+
+    shard: str
+    version: str
+    capture_id: str
+
+
+@dataclass(frozen=True)
+class ReportDetails:
+    """What was compared. `targets` and `training` are shown as they are, name by name."""
+
+    report_id: str
+    teacher: str
+    student: str
+    student_id: str
+    control_id: str | None
+    heldout: tuple[Heldout, ...]
+    targets: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the report lies; `pictures` are its PNGs by name."""
+
+    html: Path
+    json: Path
+    pictures: Mapping[str, bytes]
+
+
+def report_id(student_ids: Mapping[str, str], heldout: Sequence[tuple[str, str, str]]) -> str:
+    """16 hexadecimal digits: which students (`{"student": id, ...}`) on which held-out captures.
+
+    `heldout` are (shard, version, capture id), in any order.
+    """
+    return digest({"report": REPORT_VERSION, "students": dict(student_ids), "heldout": sorted(map(list, heldout))})
+
+
+def write_report(
+    evaluation: Evaluation,
+    curves: Mapping[str, Curve],
+    details: ReportDetails,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> ReportFiles:
+    """Write report.html, report.json and summary.md into `folder`, which is replaced whole.
+
+    `curves` are training curves by model: mappings with `step` and losses such as `ce` and `kd`.
+    """
+    pictures = draw_pictures(evaluation, curves)
+    samples = [describe_sample(sample, tokenizer) for sample in evaluation.samples]
+    page = _template().render(
+        evaluation=evaluation,
+        details=details,
+        verdict=verdict(evaluation),
+        summary=summary_rows(evaluation),
+        differences=difference_rows(evaluation.overall),
+        by_shard=[_shard_rows(scope) for scope in evaluation.shards],
+        samples=samples,
+        metrics=METRICS,
+        replicates=REPLICATES,
+        pictures=[
+            {"name": name, "source": _data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
+        ],
+    )
+    record = {
+        "report": REPORT_VERSION,
+        "details": asdict(details),
+        "verdict": verdict(evaluation),
+        "summary": summary_rows(evaluation),
+        **evaluation.to_json(),
+        "samples": [asdict(sample) | text for sample, text in zip(evaluation.samples, samples, strict=True)],
+        "curves": {name: list(curve) for name, curve in curves.items()},
+    }
+    with replacing_folder(folder) as beside:
+        write_text(beside / HTML_FILE, page)
+        write_json(beside / JSON_FILE, record)
+        write_text(beside / SUMMARY_FILE, as_markdown(evaluation, pictures))
+    return ReportFiles(folder / HTML_FILE, folder / JSON_FILE, pictures)
+
+
+def as_markdown(evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
+    """Verdict, summary and pictures as plain Markdown; pictures are inline base64."""
+    scope = evaluation.overall
+    parts = [
+        f"**{verdict(evaluation)}**",
+        _markdown_table(summary_rows(evaluation)),
+        *([_markdown_table(difference_rows(scope))] if scope.differences else []),
+        f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. KL and acceptance on the kept ids and "
+        "one bucket for the rest.",
+    ]
+    for name, png in pictures.items():
+        caption = _captions(evaluation)[name]
+        parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({_data_uri(png)})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _size(scope: Scope) -> str:
+    return f"{scope.n_positions:,} positions of {scope.n_rows:,} held-out rows"
+
+
+def _captions(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Title, caption and alternative text of each picture."""
+    scope = evaluation.overall
+    models = ", ".join(scope.models)
+    binned = sum(b.n_positions for b in evaluation.entropy_bins)
+    k = len(evaluation.kept_mass)
+    last = number(100 * evaluation.kept_mass[-1], 1)
+    return {
+        "metrics": {
+            "title": "Figures with their intervals",
+            "caption": f"Each model's figure and 95% interval, on {_size(scope)}.",
+            "alt": f"Four panels with a dot and interval each for {models}; the same figures as in the table.",
+        },
+        "entropy": {
+            "title": "Agreement where the teacher is sure, and where it is not",
+            "caption": "Share of positions at which a model's likeliest token is the teacher's, in bins of the "
+            f"teacher's entropy, with 95% bands; {binned:,} positions, equally many a bin.",
+            "alt": "Lines of top-1 agreement in percent over the teacher's entropy in nats, one line a model.",
+        },
+        "kept_mass": {
+            "title": "What the record kept of the teacher",
+            "caption": f"Mean probability of the first j ids kept at a position, of at most {k}; on {_size(scope)}.",
+            "alt": f"A rising line of mean kept mass over the number of ids kept, {last}% with {k}.",
+        },
+        "loss": {
+            "title": "Training",
+            "caption": "Training losses at each optimiser step (faint) and their running mean, in nats a supervised "
+            "position of the training rows.",
+            "alt": "Falling lines of training loss over optimiser steps.",
+        },
+    }
+
+
+def _shard_rows(scope: Scope) -> dict[str, Any]:
+    return {
+        "scope": scope,
+        "rows": [
+            [name, *[write_estimate(m, figures[m.key]) for m in METRICS]]
+            for name, figures in scope.models.items()
+            if name != TEACHER or figures["perplexity"] is not None
+        ],
+    }
+
+
+def describe_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The texts of a sample: `context`, `gold`, and per model `(token, probability, id)` lists."""
+
+    def ranked(ids: Ranked) -> list[dict[str, Any]]:
+        return [{"id": i, "token": visible(tokenizer.decode([i]), spaces=True), "probability": p} for i, p in ids]
+
+    return {
+        "context": ("…" if sample.context_is_cut else "") + visible(tokenizer.decode(list(sample.context_ids))),
+        "gold": visible(tokenizer.decode([sample.gold_id]), spaces=True),
+        "expected": {name: ranked(ids) for name, ids in sample.expected.items()},
+    }
+
+
+def visible(text: str | list[str], spaces: bool = False) -> str:
+    """Text with line breaks, tabs and unprintable characters written out, on request spaces too."""
+    out = []
+    for character in text:
+        if character in _SIGNS and (spaces or character != " "):
+            out.append(_SIGNS[character])
+        elif character.isprintable():
+            out.append(character)
+        else:
+            out.append(f"\\u{ord(character):04x}")
+    return "".join(out)
+
+
+_SIGNS = {"\n": "↵", "\t": "⇥", "\r": "\\r", " ": "␣"}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    source = files("distill_assets.student_evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda share: number(100 * share, 1) + "%"
+    environment.filters["shown"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    environment.filters["number"] = number
+    return environment.from_string(source)

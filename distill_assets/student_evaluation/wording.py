@@ -1,0 +1,107 @@
+"""Figures in words: how a number is written, and what the comparison comes to in one sentence."""
+
+from __future__ import annotations
+
+import math
+
+from distill_assets.student_evaluation.bootstrap import FEWEST_ROWS, Estimate
+from distill_assets.student_evaluation.evaluation import Evaluation
+from distill_assets.student_evaluation.figures import STUDENT, Scope
+from distill_assets.student_evaluation.metrics import METRICS, Metric
+
+NOTHING = "–"
+MINUS = "−"
+
+
+def number(value: float, decimals: int, signed: bool = False) -> str:
+    """A rounded number with a true minus sign and thousands separators; never "−0.00"."""
+    rounded = round(value, decimals)
+    text = f"{abs(rounded):,.{decimals}f}"
+    sign = MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
+    return sign + text
+
+
+def write_estimate(metric: Metric, figure: Estimate | None, signed: bool = False) -> str:
+    """`8.31 [8.02, 8.64]`, in percent where the metric is a share; all with the value's decimals.
+
+    `signed` is for differences: of shares they are percentage points, `+2.3 [+1.1, +3.4]`.
+    """
+    if figure is None:
+        return NOTHING
+    scale = 100.0 if metric.style == "percent" else 1.0
+    decimals = 1 if metric.style == "percent" else _decimals(figure.value)
+    value = number(figure.value * scale, decimals, signed)
+    if figure.low is None or figure.high is None:
+        return value
+    low, high = (number(bound * scale, decimals, signed) for bound in (figure.low, figure.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _decimals(value: float) -> int:
+    """Three significant digits, of which at most three behind the point."""
+    if not math.isfinite(value) or value == 0:
+        return 0
+    return max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """One sentence on whether the student is closer to the teacher than its rival.
+
+    It follows the paired 95% interval of the KL difference: only an interval on one side of zero
+    says that there is a difference.
+    """
+    scope, rival, kl = evaluation.overall, evaluation.rival, next(m for m in METRICS if m.key == "kl")
+    student_kl = scope.models[STUDENT]["kl"]
+    assert student_kl is not None
+    if rival is None:
+        return f"Nothing to compare the student with: its KL from the teacher is {write_estimate(kl, student_kl)} nats."
+    other = "the control" if rival == "control" else "the untrained student"
+    rival_kl, difference = scope.models[rival]["kl"], scope.differences[rival]["kl"]
+    assert rival_kl is not None
+    values = (
+        f"KL {number(student_kl.value, _decimals(student_kl.value))} against "
+        f"{number(rival_kl.value, _decimals(rival_kl.value))} nats a position, "
+        f"difference {write_estimate(kl, difference, signed=True)}"
+    )
+    if difference.low is None:
+        return (
+            f"Too few held-out rows to tell whether the student is closer to the teacher than {other}: {values}; "
+            f"{scope.n_rows} of at least {FEWEST_ROWS} rows."
+        )
+    if evaluation.outcome == "undecided":
+        return f"It is not shown that the student differs from {other}: {values}; the interval contains zero."
+    return f"The student is {evaluation.outcome} {_TO[evaluation.outcome]} the teacher than {other}: {values}."
+
+
+_TO = {"closer": "to", "farther": "from"}
+
+
+def column(metric: Metric, difference: bool = False) -> str:
+    """The heading of a metric's column, with its unit; a difference of shares is in percentage points."""
+    unit = "percentage points" if difference and metric.style == "percent" else metric.unit
+    return f"{metric.label} ({unit})" if unit else metric.label
+
+
+def summary_rows(evaluation: Evaluation) -> list[dict[str, str]]:
+    """One row a model, ready to print; column headings are the keys, intervals are 95%."""
+    scope = evaluation.overall
+    return [
+        {
+            "model": name,
+            **{column(m): write_estimate(m, figures[m.key]) for m in METRICS},
+            "positions": f"{scope.n_positions:,}",
+            "rows": f"{scope.n_rows:,}",
+        }
+        for name, figures in scope.models.items()
+    ]
+
+
+def difference_rows(scope: Scope) -> list[dict[str, str]]:
+    """One row a comparison: student minus another model, shares in percentage points."""
+    return [
+        {
+            "difference": f"{STUDENT} {MINUS} {other}",
+            **{column(m, difference=True): write_estimate(m, d[m.key], signed=True) for m in METRICS},
+        }
+        for other, d in scope.differences.items()
+    ]

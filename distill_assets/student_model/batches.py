@@ -1,0 +1,88 @@
+"""Which rows make an optimiser step, and how they become tensors.
+
+Legend: B = rows, T = tokens of the longest, N = supervised positions of all rows in row order,
+K = most ids kept at one of them.
+
+The plan depends on the rows alone, never on device or number of processes: one planned batch is
+one optimiser step, and several processes share it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+
+IGNORED = -100  # label of a position that is not supervised; the value transformers counts around
+_WINDOW = 64  # batches' worth of shuffled rows sorted by length together: little padding, still mixed
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
+    """Row indices of every optimiser step of all epochs, each row once an epoch.
+
+    Padded tokens (rows x longest) are at most `batch_tokens`; a longer row is a batch of its own.
+    Rows are shuffled, sorted by length inside a window, packed, and the batches shuffled.
+    """
+    return [batch for epoch in range(epochs) for batch in _plan_epoch(lengths, batch_tokens, f"{seed}:{epoch}")]
+
+
+def _plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: str) -> list[list[int]]:
+    shuffle = random.Random(seed).shuffle
+    order = list(range(len(lengths)))
+    shuffle(order)
+    mean_length = sum(lengths) / max(1, len(lengths))
+    window = max(1, round(_WINDOW * batch_tokens / max(1.0, mean_length)))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        batch: list[int] = []
+        for index in sorted(order[start : start + window], key=lambda i: -lengths[i]):
+            if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        batches.append(batch)
+    shuffle(batches)
+    return batches
+
+
+def epoch_ends(plan: Sequence[Sequence[int]], rows: int) -> list[int]:
+    """Numbers (from 1) of the steps after which every row was seen once more."""
+    return [step for step, seen in enumerate(accumulate(map(len, plan)), start=1) if seen % rows == 0]
+
+
+def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor]:
+    """Right-padded tensors of some rows, the arguments of `DistillationModule.forward`.
+
+    `labels` [B, T] already stand where they are predicted: labels[b, t] is token t + 1 at a
+    supervised position t, IGNORED elsewhere. Targets follow the labels in row order and are
+    normalised here; the control's batches have none. No rows (a process whose share of a batch is
+    empty) give one padding token that trains nothing.
+    """
+    longest = max((len(row.input_ids) for row in rows), default=1)
+    ids_BT = torch.zeros((max(1, len(rows)), longest), dtype=torch.int64)
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    for b, row in enumerate(rows):
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        ids_BT[b, : len(ids)] = ids
+        positions = torch.from_numpy(row.targets.positions_P.astype(np.int64))
+        labels_BT[b, positions] = ids[positions + 1]
+    weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
+    batch = {"ids_BT": ids_BT, "labels": labels_BT, "weight_N": _joined(weights, np.zeros(0, np.float32))}
+    if with_targets:
+        targets = [row.targets.normalized() for row in rows]
+        k = max((int(part.kept_P.max()) for part in targets), default=1)
+        padded = [part.padded(k) for part in targets]
+        batch["support_ids_NK"] = _joined([ids for ids, _ in padded], np.zeros((0, k), np.int64))
+        batch["support_logprobs_NK"] = _joined([logprobs for _, logprobs in padded], np.zeros((0, k), np.float32))
+        batch["tail_logprob_N"] = _joined([part.tail_logprob_P for part in targets], np.zeros(0, np.float32))
+    return batch
+
+
+def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([empty, *arrays]))

@@ -1,0 +1,56 @@
+"""What a student is made of, and its name: content, never time (DESIGN 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Literal, Protocol
+
+from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.student_model.vocabulary import StudentVocabulary
+
+StudentKind = Literal["student", "control"]
+
+RECIPE = 1  # raised when the same settings come to mean other arithmetic
+_TARGETS_ONLY = {"objective", "kd_weight"}  # training settings without effect on hard labels
+
+
+class WeightedRow(Protocol):
+    """Anything that knows its row key and training weight; a `CapturedRow` does."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+
+
+def student_id(
+    kind: StudentKind,
+    rows: Iterable[WeightedRow],
+    validation: Iterable[WeightedRow],
+    training: TrainingSettings,
+    initial_weights: str,
+    vocabulary: StudentVocabulary,
+    tokenizer: str,
+    capture_ids: Collection[str],
+) -> str:
+    """16 hexadecimal digits: rows with weights (in any order), settings, initial weights, and so on.
+
+    `initial_weights` is `initial_weights_fingerprint`'s answer, `tokenizer` the fingerprint of the
+    tokenizer the student is saved with, `capture_ids` the captures whose targets are learnt from.
+    A control is the same whatever the targets, so its id leaves captures and objective out.
+    """
+    control = kind == "control"
+    return digest(
+        {
+            "recipe": RECIPE,
+            "kind": kind,
+            "rows": sorted([row.key, row.weight] for row in rows),
+            "validation": sorted([row.key, row.weight] for row in validation),
+            "training": training.model_dump(exclude=_TARGETS_ONLY if control else None),
+            "initial_weights": initial_weights,
+            "vocabulary": [vocabulary.n_real, list(vocabulary.unused)],
+            "tokenizer": tokenizer,
+            "captures": [] if control else sorted(set(capture_ids)),
+        }
+    )

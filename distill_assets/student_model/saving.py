@@ -1,0 +1,180 @@
+"""A student on disk: `students/<student_id>/`, whole or absent, and the record of how it was made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.files import replacing_folder, write_json, write_text
+from distill_assets.foundation.language_model import quiet_transformers
+from distill_assets.foundation.settings import StudentSettings, TrainingSettings
+from distill_assets.student_model.identity import StudentKind
+from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary
+
+RECORD_FILE = "distillation.json"
+_TOOLS = ("distill_assets", "torch", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class UsedCapture:
+    """One capture file a student learnt from."""
+
+    shard: str
+    version: str
+    capture_id: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What a student is to be; `student_id` names it. `teacher` is the name the user wrote."""
+
+    student_id: str
+    kind: StudentKind
+    teacher: str
+    origin: StudentSettings
+    training: TrainingSettings
+    vocabulary: StudentVocabulary
+    captures: tuple[UsedCapture, ...]
+    accepted_differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One optimiser step. Losses are nats a supervised position, `kd` is None for a control."""
+
+    step: int
+    loss: float
+    kd: float | None
+    ce: float
+    tokens: int  # supervised positions of the step
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """Mean losses on the validation rows after an epoch, nats a position; `kd` is None for a control."""
+
+    epoch: int
+    step: int
+    kd: float | None
+    ce: float
+
+
+@dataclass(frozen=True)
+class StudentReport:
+    """What training a student took and gave."""
+
+    rows: int
+    validation_rows: int
+    steps: int
+    supervised_tokens: int  # over all epochs
+    seconds: float
+    device: str
+    fit: FitReport
+    curve: tuple[CurvePoint, ...]
+    validation: tuple[ValidationPoint, ...]
+
+    @property
+    def final_loss(self) -> float:
+        return self.curve[-1].loss
+
+
+@dataclass(frozen=True)
+class StudentRecord:
+    """What `distillation.json` says about a saved student."""
+
+    spec: StudentSpec
+    report: StudentReport
+    created: str  # UTC, ISO 8601; for people, part of no identity
+    tools: Mapping[str, str]
+
+
+_RECORD = TypeAdapter(StudentRecord)
+
+
+def save_student(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: StudentSpec, report: StudentReport
+) -> None:
+    """Write weights, tokenizer, record and model card to `folder`; an interrupt leaves what was there."""
+    tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
+    record = StudentRecord(spec, report, datetime.now(UTC).isoformat(timespec="seconds"), tools)
+    with replacing_folder(folder) as beside:
+        with quiet_transformers():
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        write_json(beside / RECORD_FILE, _RECORD.dump_python(record, mode="json"))
+        write_text(beside / "README.md", _model_card(record))
+
+
+def read_student(folder: Path) -> StudentRecord:
+    """The record of a saved student; TrainingError when it is missing or damaged."""
+    file = folder / RECORD_FILE
+    try:
+        return _RECORD.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise TrainingError(f"{folder}: no {RECORD_FILE}, so no student of ours; run again to train one") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"{file}: damaged ({reason}); delete the folder and run again") from error
+
+
+def _model_card(record: StudentRecord) -> str:
+    spec, report, training = record.spec, record.report, record.spec.training
+    last = report.curve[-1]
+    if spec.kind == "student":
+        goal = (
+            f"{training.kd_weight:g} x {training.objective} against the captured next-token distributions of "
+            f"{spec.teacher} + {1 - training.kd_weight:g} x cross-entropy"
+        )
+    else:
+        goal = f"cross-entropy on the tokens alone: the control of a student distilled from {spec.teacher}"
+    captures = "\n".join(
+        f"| {used.shard} | {used.version[:16]} | {used.capture_id} | {used.rows} |" for used in spec.captures
+    )
+    differences = ", ".join(spec.accepted_differences) or "none"
+    return f"""---
+library_name: transformers
+tags: [knowledge-distillation]
+---
+# {spec.kind} {spec.student_id}
+
+Made by distill_assets {record.tools["distill_assets"]}.
+
+- Teacher: {spec.teacher}
+- Start: {_origin(spec.origin)}
+- Loss: {goal}
+- Training: {training.epochs} epoch(s) of {report.rows} rows, {report.steps} steps of at most {training.batch_tokens}
+  tokens, {report.supervised_tokens} supervised tokens in all, AdamW at {training.learning_rate:g}, seed {training.seed}
+- Loss of the last step: {last.loss:.4f} nats a token
+- Tokenizer: the teacher's; differences taken on knowingly: {differences}
+
+| shard | version | capture | rows |
+|---|---|---|---|
+{captures}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
+```
+
+Everything else, the loss of every step included, is in {RECORD_FILE}.
+"""
+
+
+def _origin(origin: StudentSettings) -> str:
+    if origin.from_teacher_layers is not None:
+        return f"layers {origin.from_teacher_layers} of the teacher, with its embeddings and head"
+    if origin.config is not None:
+        return f"random weights of a {origin.config['model_type']} configuration"
+    return f"{origin.model}" + (f" at {origin.revision}" if origin.revision else "")

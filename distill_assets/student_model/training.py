@@ -1,0 +1,261 @@
+"""Train one student, or its control, on captured rows: transformers' Trainer over planned batches.
+
+What is ours: batches planned from the rows alone, the loss inside the module, a learning-rate
+schedule without an idle step, a curve of every step, and a stop at the first loss that is not
+finite. What is Trainer's: devices, processes, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.language_model import head_width, resolve_device
+from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
+from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
+from distill_assets.student_model.module import DistillationModule, mean_losses
+from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
+from distill_assets.student_model.vocabulary import FitReport, fit_rows
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+
+
+def train_student(
+    spec: StudentSpec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[CapturedRow],
+    folder: Path,
+    *,
+    validation: Sequence[CapturedRow] = (),
+    device: str = "auto",
+    on_progress: ProgressListener = ignore_progress,
+) -> StudentReport:
+    """Train `model` (an `initial_student`, changed in place) and write it to `folder` with `tokenizer`.
+
+    `rows` and `validation` carry targets as stored. Their order does not matter: rows are planned
+    in the order of their keys, so equal ids mean equal students, on one CPU bit for bit. Raises
+    TrainingError when no row can be trained on or a loss is not finite; whatever is raised, an
+    interrupt included, `folder` is as it was.
+    """
+    target = resolve_device(device)
+    if head_width(model) < spec.vocabulary.n_real:
+        raise TrainingError(
+            f"student {spec.student_id}: its head has {head_width(model)} rows, but {spec.vocabulary.n_real} ids are "
+            "to be learnt; give its configuration a vocab_size at least that large"
+        )
+    train_rows, fit = _usable(rows, spec, model)
+    validation_rows, _ = _usable(validation, spec, model) if validation else ([], None)
+    if spec.training.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    with_targets = spec.kind == "student"
+    module = DistillationModule(model, spec.vocabulary, spec.training.kd_weight if with_targets else 0.0)
+    plan = plan_batches(
+        [len(row.input_ids) for row in train_rows],
+        spec.training.batch_tokens,
+        spec.training.epochs,
+        spec.training.seed,
+    )
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        arguments = training_arguments(spec.training, len(plan), target, Path(scratch))
+        trainer = DistillationTrainer(module, arguments, train_rows, plan, with_targets)
+        watch = _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, started, on_progress)
+        trainer.add_callback(watch)
+        trainer.train()
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise TrainingError(
+            f"student {spec.student_id}: the last step left weights that are not finite; lower training.learning_rate"
+        )
+    report = StudentReport(
+        rows=len(train_rows),
+        validation_rows=len(validation_rows),
+        steps=len(plan),
+        supervised_tokens=sum(point.tokens for point in trainer.curve),
+        seconds=time.perf_counter() - started,
+        device=str(target),
+        fit=fit,
+        curve=tuple(trainer.curve),
+        validation=tuple(watch.points),
+    )
+    if trainer.is_world_process_zero():
+        save_student(folder, model, tokenizer, spec, report)
+    return report
+
+
+def _usable(
+    rows: Sequence[CapturedRow], spec: StudentSpec, model: PreTrainedModel
+) -> tuple[list[CapturedRow], FitReport]:
+    ordered = sorted(rows, key=lambda row: (row.key, row.weight))
+    embeddings: Any = model.get_input_embeddings()
+    fitted, fit = fit_rows(ordered, spec.vocabulary, len(embeddings.weight))
+    if not fitted:
+        reason = "no captured rows were given" if not rows else "no row has a target token that the student knows"
+        raise TrainingError(f"student {spec.student_id}: {reason}; look at the training and validation shards")
+    return fitted, fit
+
+
+def learning_rate_share(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate in step `step` (from 0): linear up, then half a cosine.
+
+    Neither the first step nor the last has the share 0: a step that learns nothing is a batch lost.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def training_arguments(
+    training: TrainingSettings, steps: int, device: torch.device, scratch: Path
+) -> TrainingArguments:
+    """Trainer's arguments for `steps` optimiser steps on exactly `device`."""
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=steps,
+        optim="adamw_torch",
+        learning_rate=training.learning_rate,
+        warmup_steps=math.ceil(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        use_cpu=device.type == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    if device.type == "cuda" and arguments.world_size == 1:
+        # Left to itself, Trainer takes cuda:0 and wraps the module in DataParallel over every GPU it sees.
+        chosen = torch.device("cuda", device.index or 0)
+        vars(arguments)["_setup_devices"] = chosen
+        arguments._n_gpu = 1
+        torch.cuda.set_device(chosen)
+    return arguments
+
+
+class _Steps(Dataset[dict[str, Any]]):
+    """Item i is this process's share of planned batch i, with its rows' keys for error messages."""
+
+    def __init__(
+        self, rows: Sequence[CapturedRow], plan: Sequence[Sequence[int]], with_targets: bool, rank: int, processes: int
+    ) -> None:
+        self._rows, self._plan, self._with_targets = rows, plan, with_targets
+        self._rank, self._processes = rank, processes
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        rows = [self._rows[i] for i in self._plan[step]]
+        share = rows[self._rank :: self._processes]
+        return {**collate(share, self._with_targets), "keys": [row.key for row in rows]}
+
+
+class DistillationTrainer(Trainer):
+    """Trainer that takes planned batches in order, one an optimiser step, and keeps the curve."""
+
+    def __init__(
+        self,
+        module: DistillationModule,
+        arguments: TrainingArguments,
+        rows: Sequence[CapturedRow],
+        plan: Sequence[Sequence[int]],
+        with_targets: bool,
+    ) -> None:
+        steps = _Steps(rows, plan, with_targets, arguments.process_index, arguments.world_size)
+        super().__init__(model=module, args=arguments, train_dataset=steps)
+        self.remove_callback(PrinterCallback)
+        self.module = module
+        self.ends = epoch_ends(plan, len(rows))
+        self.with_targets = with_targets
+        self.curve: list[CurvePoint] = []
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """One item a step; the shares of several processes are cut in `_Steps`, not by accelerate."""
+        assert isinstance(self.train_dataset, Dataset)
+        return DataLoader(self.train_dataset, batch_size=None, shuffle=False)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: learning_rate_share(step, num_training_steps, warmup_steps),
+        )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        keys = inputs.pop("keys")
+        outputs: dict[str, Tensor] = model(**inputs, num_items_in_batch=num_items_in_batch)
+        parts = torch.stack([outputs["loss"].detach(), outputs["kd"], outputs["ce"]])
+        loss, kd, ce = self.accelerator.reduce(parts, reduction="sum").tolist()
+        step = self.state.global_step + 1
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step} is {loss}; lower training.learning_rate, or look at the rows of its batch "
+                f"(keys {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''})"
+            )
+        self._note(step, loss, kd if self.with_targets else None, ce, int(num_items_in_batch))
+        return outputs["loss"] * self.accelerator.num_processes  # DDP averages gradients; shares must add up
+
+    def _note(self, step: int, loss: float, kd: float | None, ce: float, tokens: int) -> None:
+        """Add a point, or, under gradient accumulation, another part of the step's point."""
+        if self.curve and self.curve[-1].step == step:
+            before = self.curve.pop()
+            loss, ce = loss + before.loss, ce + before.ce
+            kd = None if kd is None or before.kd is None else kd + before.kd
+        self.curve.append(CurvePoint(step, loss, kd, ce, tokens, float(self._get_learning_rate())))
+
+
+class _Watch(TrainerCallback):
+    """Reports every step and evaluates the validation rows after each epoch."""
+
+    def __init__(
+        self,
+        trainer: DistillationTrainer,
+        name: str,
+        validation: Sequence[CapturedRow],
+        batch_tokens: int,
+        started: float,
+        on_progress: ProgressListener,
+    ) -> None:
+        self._trainer, self._name, self._validation = trainer, name, validation
+        self._plan = plan_batches([len(row.input_ids) for row in validation], batch_tokens, epochs=1, seed=0)
+        self._started, self._on_progress = started, on_progress
+        self.points: list[ValidationPoint] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        ends = self._trainer.ends
+        note = f"loss {self._trainer.curve[-1].loss:.4f}"
+        if self._validation and step in ends:
+            with_targets = self._trainer.with_targets
+            batches = (collate([self._validation[i] for i in batch], with_targets) for batch in self._plan)
+            kd, ce = mean_losses(self._trainer.module, batches)
+            self.points.append(ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce))
+            note += f", validation {kd if with_targets else ce:.4f}"
+        self._on_progress(
+            Progress(self._name, step, state.max_steps, "steps", time.perf_counter() - self._started, note)
+        )

@@ -1,0 +1,144 @@
+"""The ids a student's softmax is over, and captured rows cut down to them.
+
+Legend: P = supervised positions of a row, N = kept ids of a row (see sparse_targets).
+
+Teacher and student may differ in ids one of them has no token for (verdicts `padded`, `subset`).
+Those never take part: they leave the support and what remains is a distribution of its own; a
+position whose gold token is among them is not supervised; a row is cut before a token the student
+has no embedding for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from distill_assets.foundation.errors import TrainingError
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
+
+
+@dataclass(frozen=True)
+class StudentVocabulary:
+    """Ids below `n_real` are outcomes of the student's softmax, except those in `unused` (ascending)."""
+
+    n_real: int
+    unused: tuple[int, ...] = ()
+
+    def has(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which of `ids` are outcomes."""
+        return (ids < self.n_real) & ~np.isin(ids, self.unused)
+
+    @property
+    def size(self) -> int:
+        """Number of outcomes."""
+        return self.n_real - len(self.unused)
+
+
+def shared_vocabulary(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase | None, head_width: int
+) -> StudentVocabulary:
+    """Ids with a token on both sides and a row in the student's head.
+
+    `student` is None for one made from teacher layers or a configuration: it has the teacher's
+    tokenizer. That an id means the same on both sides is the tokenizer check's business.
+    """
+    shared = {i for i in teacher.get_vocab().values() if i < head_width}
+    if student is not None:
+        shared &= set(student.get_vocab().values())
+    if not shared:
+        raise TrainingError("teacher and student share no token id; use a pair of one family")
+    n_real = max(shared) + 1
+    return StudentVocabulary(n_real, tuple(i for i in range(n_real) if i not in shared))
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a smaller student vocabulary cost. All zero when the student has every id."""
+
+    positions_dropped: int  # gold token unknown to the student, or behind a cut
+    rows_cut: int  # rows that contain a token the student has no embedding for
+    rows_dropped: int  # rows left without a supervised position
+    mass_dropped: float  # mean probability, over the remaining positions, of ids taken out of the support
+
+
+def fit_rows(
+    rows: Sequence[CapturedRow], vocabulary: StudentVocabulary, n_embeddings: int
+) -> tuple[list[CapturedRow], FitReport]:
+    """Rows whose targets lie in `vocabulary` and whose tokens lie below `n_embeddings`, in order.
+
+    A row that already does is handed on as it is. Log-probabilities stay as stored; a reader's
+    log-sum-exp over what is left renormalises them.
+    """
+    fitted: list[CapturedRow] = []
+    dropped = cut = 0
+    lost = positions = 0.0
+    for row in rows:
+        fits = bool((row.input_ids < n_embeddings).all())
+        full = int(row.targets.kept_P.max()) >= vocabulary.size  # nothing of the student's is left for a tail
+        if not fits or full or not vocabulary.has(_mentioned(row)).all():
+            smaller = _fit(row, vocabulary, n_embeddings)
+            dropped += row.targets.n_positions - smaller.targets.n_positions
+            cut += not fits
+            lost += _lost_mass(row, smaller)
+            row = smaller
+        if row.targets.n_positions:
+            fitted.append(row)
+            positions += row.targets.n_positions
+    report = FitReport(
+        positions_dropped=dropped,
+        rows_cut=cut,
+        rows_dropped=len(rows) - len(fitted),
+        mass_dropped=lost / positions if positions else 0.0,
+    )
+    return fitted, report
+
+
+def _mentioned(row: CapturedRow) -> NDArray[np.int32]:
+    return np.concatenate([row.targets.support_ids_N, row.input_ids[row.targets.positions_P + 1]])
+
+
+def _fit(row: CapturedRow, vocabulary: StudentVocabulary, n_embeddings: int) -> CapturedRow:
+    strange = np.flatnonzero(row.input_ids >= n_embeddings)
+    length = int(strange[0]) if len(strange) else len(row.input_ids)
+    targets = row.targets
+    gold_P = row.input_ids[targets.positions_P + 1]
+    stays_P = (targets.positions_P < length - 1) & vocabulary.has(gold_P)
+    return replace(row, input_ids=row.input_ids[:length], targets=_take(targets, stays_P, vocabulary))
+
+
+def _take(targets: SparseTargets, stays_P: NDArray[np.bool_], vocabulary: StudentVocabulary) -> SparseTargets:
+    """The positions in `stays_P` with only the ids of `vocabulary`.
+
+    A position left without any id keeps one slot of log-probability -inf and all its mass in the
+    tail: the teacher says nothing there but "one of your ids", which costs every student nothing.
+    """
+    has_N = vocabulary.has(targets.support_ids_N)
+    left_P = np.add.reduceat(has_N.astype(np.int64), targets.offsets_P1[:-1])
+    emptied_P = left_P == 0
+    stays_N = np.repeat(stays_P, targets.kept_P) & has_N
+    stays_N[targets.offsets_P1[:-1][stays_P & emptied_P]] = True
+    logprobs_N = np.where(has_N, targets.support_logprobs_N, np.float32(-np.inf))
+    tail_P = np.where(emptied_P, np.float32(0.0), targets.tail_logprob_P)
+    tail_P = np.where(left_P == vocabulary.size, np.float32(-np.inf), tail_P)  # no id of the student is outside
+    return SparseTargets(
+        positions_P=targets.positions_P[stays_P],
+        offsets_P1=np.concatenate([[0], np.maximum(left_P, 1)[stays_P].cumsum()]).astype(np.int64),
+        support_ids_N=targets.support_ids_N[stays_N],
+        support_logprobs_N=logprobs_N[stays_N],
+        tail_logprob_P=tail_P[stays_P],
+        gold_logprob_P=targets.gold_logprob_P[stays_P],
+        entropy_P=targets.entropy_P[stays_P],
+    )
+
+
+def _lost_mass(row: CapturedRow, fitted: CapturedRow) -> float:
+    """Sum over the remaining positions of the normalised probability that was taken out."""
+    stays_P = np.isin(row.targets.positions_P, fitted.targets.positions_P)
+    before_P = row.targets.log_total_mass_P()[stays_P].astype(np.float64)
+    emptied_P = np.isneginf(fitted.targets.support_logprobs_N[fitted.targets.offsets_P1[:-1]])
+    after_P = np.where(emptied_P, -np.inf, fitted.targets.log_total_mass_P())
+    return float((1.0 - np.exp(after_P - before_P)).sum())

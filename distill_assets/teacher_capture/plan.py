@@ -1,0 +1,141 @@
+"""What a run would capture, and why, found without running anything.
+
+A shard's state is decided by the store: `current` if a valid capture of this content exists under
+this capture identity. The first that applies of: failed, new, settings_changed, changed, removed,
+current.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill_assets.dataset_shards.discover import Discovery, Shard
+from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+
+State = Literal["failed", "new", "settings_changed", "changed", "removed", "current"]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard's state. Estimates are None where no capture under this teacher exists to go by."""
+
+    shard: str
+    state: State
+    reason: str
+    rows: int | None
+    rows_to_capture: int
+    tokens_to_capture: int
+    estimated_bytes: int | None = None
+    estimated_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """The whole plan: `shards` for people, `todo` for whoever runs it."""
+
+    capture_id: str
+    shards: tuple[ShardPlan, ...]
+    todo: tuple[Shard, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Experience:
+    """What earlier captures cost, to estimate from."""
+
+    bytes_per_row_token: float | None
+    tokens_per_second: float | None
+
+
+def plan_capture(
+    spec: CaptureSpec, discovery: Discovery, store: CaptureStore, catalogued: Collection[str]
+) -> CapturePlan:
+    """Compare shards on disk with the store; `catalogued` are the shard keys of the catalog.
+
+    Only shards that are not current are read and encoded.
+    """
+    experience = _experience(spec, store)
+    plans: list[ShardPlan] = []
+    todo: list[Shard] = []
+    problems: list[str] = []
+    for problem in discovery.problems:
+        plans.append(ShardPlan(problem.key, "failed", problem.message, None, 0, 0))
+        problems.append(problem.message)
+    for shard in discovery.shards:
+        plan = _plan_shard(spec, shard, store, experience)
+        plans.append(plan)
+        if plan.state != "current":
+            todo.append(shard)
+    present = {plan.shard for plan in plans}
+    plans += [
+        ShardPlan(key, "removed", "the file is gone; it leaves the catalog at the next run", None, 0, 0)
+        for key in sorted(set(catalogued) - present)
+    ]
+    return CapturePlan(spec.capture_id, tuple(sorted(plans, key=lambda p: p.shard)), tuple(todo), tuple(problems))
+
+
+def _plan_shard(spec: CaptureSpec, shard: Shard, store: CaptureStore, experience: _Experience) -> ShardPlan:
+    try:
+        if current := store.find(spec.capture_id, shard.key, shard.version):
+            return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
+    except CaptureError as error:
+        return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
+    state, reason = _why(spec, shard, store)
+    try:
+        rows = encode_shard(shard, spec.encoder).rows
+    except DistillError as error:
+        return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
+    held = store.rows_by_key(spec.capture_id, {row.key for row in rows})
+    new = {row.key: row for row in rows if row.key not in held}
+    tokens = sum(len(row.input_ids) for row in new.values())
+    all_tokens = sum(len(row.input_ids) for row in rows)
+    return ShardPlan(
+        shard=shard.key,
+        state=state,
+        reason=reason,
+        rows=len(rows),
+        rows_to_capture=len(new),
+        tokens_to_capture=tokens,
+        estimated_bytes=round(all_tokens * experience.bytes_per_row_token) if experience.bytes_per_row_token else None,
+        estimated_seconds=round(tokens / experience.tokens_per_second, 1) if experience.tokens_per_second else None,
+    )
+
+
+def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> tuple[State, str]:
+    if message := store.failure(spec.capture_id, shard.key, shard.version):
+        return "failed", message
+    if not store.knows(shard.key):
+        return "new", "never captured"
+    if not store.knows(shard.key, spec.capture_id):
+        return "settings_changed", f"captured before, but not under capture {spec.capture_id}"
+    return "changed", "the content is not what was captured"
+
+
+def _experience(spec: CaptureSpec, store: CaptureStore) -> _Experience:
+    """Bytes a token from captures under this identity, else any; speed from whatever the teacher ran last."""
+    own = list(_readable(store.files(spec.capture_id).values()))
+    others = [] if own else [c for i in store.capture_ids() for c in _readable(store.files(i).values())]
+    seen = own or others
+    tokens = sum(capture.stats.tokens for capture in seen)
+    run = [capture.stats for capture in seen if capture.stats.tokens_captured]
+    seconds = sum(stats.seconds for stats in run)
+    return _Experience(
+        bytes_per_row_token=sum(capture.bytes for capture in seen) / tokens if tokens else None,
+        tokens_per_second=sum(stats.tokens_captured for stats in run) / seconds if seconds > 0 else None,
+    )
+
+
+def _readable(paths: Iterable[Path]) -> list[Capture]:
+    captures = []
+    for path in paths:
+        try:
+            captures.append(read_capture(path))
+        except CaptureError:
+            continue  # the shard that owns it is planned as failed; an estimate can do without it
+    return captures

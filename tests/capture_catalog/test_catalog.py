@@ -1,0 +1,159 @@
+"""The catalog against the Parquet it describes, and readers beside its writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from distill_assets.capture_catalog.query import run_query
+from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, read_meta, refresh_catalog
+from distill_assets.capture_catalog.verify import compare_with_store
+from distill_assets.foundation.errors import CatalogError
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.store import Capture, read_rows
+from tests import tiny
+from tests.bench import Bench
+
+
+def capture_all(bench: Bench) -> list[CatalogEntry]:
+    return [
+        CatalogEntry(capture_shard(bench.spec, shard, bench.store, device="cpu").capture, shard.role)
+        for shard in bench.shards.values()
+    ]
+
+
+def refresh(bench: Bench, entries: list[CatalogEntry]) -> CatalogReport:
+    return refresh_catalog(bench.home.catalog, bench.store, entries, bench.home.students)
+
+
+def ask(bench: Bench, sql: str) -> list[tuple[object, ...]]:
+    return list(run_query(bench.home.catalog, bench.home.captures, sql).rows)
+
+
+def captures(entries: list[CatalogEntry]) -> list[Capture]:
+    return [entry.capture for entry in entries]
+
+
+def test_captures_and_examples_say_what_the_files_hold(bench: Bench) -> None:
+    entries = capture_all(bench)
+    report = refresh(bench, entries)
+    assert (report.shards, report.examples, report.files_read) == (4, 24, 4)
+    assert ask(bench, "SELECT shard, role, examples FROM captures ORDER BY shard") == [
+        ("heldout", "heldout", 6), ("s0", "train", 6), ("s1", "train", 6), ("s2", "train", 6),
+    ]  # fmt: skip
+    rows = {row.row: row for entry in entries if entry.capture.shard == "s1" for row in read_rows(entry.capture.path)}
+    found = ask(
+        bench,
+        "SELECT row, key, tokens, supervised_tokens, mean_entropy, mean_kept_mass, teacher_perplexity, top1_is_gold "
+        "FROM examples WHERE shard = 's1' ORDER BY row",
+    )
+    for number, key, tokens, supervised, entropy, mass, perplexity, top1 in found:
+        row = rows[number]  # type: ignore[index]
+        targets = row.targets
+        first = targets.support_ids_N[targets.offsets_P1[:-1]]
+        assert (key, tokens, supervised) == (row.key, len(row.input_ids), targets.n_positions)
+        assert entropy == pytest.approx(targets.entropy_P.mean(), rel=1e-5)
+        assert mass == pytest.approx(targets.kept_mass_P().mean(), rel=1e-5)
+        assert perplexity == pytest.approx(np.exp(-targets.gold_logprob_P.mean()), rel=1e-5)
+        assert top1 == pytest.approx((first == row.input_ids[targets.positions_P + 1]).mean())
+
+
+def test_the_views_unnest_positions(bench: Bench) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries)
+    row = read_rows(next(c for c in captures(entries) if c.shard == "s0").path)[2]
+    found = ask(bench, "SELECT * FROM positions WHERE shard = 's0' AND row = 2 ORDER BY position")
+    for p, (_, _, key, position, gold, ids, logprobs, *_rest) in enumerate(found):
+        part = slice(row.targets.offsets_P1[p], row.targets.offsets_P1[p + 1])
+        assert (key, position) == (row.key, row.targets.positions_P[p])
+        assert gold == row.input_ids[row.targets.positions_P[p] + 1]
+        assert ids == row.targets.support_ids_N[part].tolist()
+        assert logprobs == pytest.approx(row.targets.support_logprobs_N[part].tolist())
+    [(n,)] = ask(bench, "SELECT count(*) FROM kept_ids")
+    assert n == sum(c.stats.kept_ids for c in captures(entries))
+
+
+def test_refresh_reads_only_what_changed_and_keeps_history(bench: Bench) -> None:
+    refresh(bench, capture_all(bench))
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", tiny.example_rows(7))
+    entries = capture_all(bench)
+    report = refresh(bench, entries)
+    assert (report.files_read, report.superseded, report.examples) == (1, 1, 25)
+    assert compare_with_store(bench.home.catalog, captures(entries)) == []
+    assert ask(bench, "SELECT shard, examples FROM capture_history") == [("s0", 6)]
+    without = [entry for entry in entries if entry.capture.shard != "s1"]
+    assert refresh(bench, without).shards == 3
+    assert ask(bench, "SELECT count(*) FROM examples WHERE shard = 's1'") == [(0,)]
+
+
+def test_a_reader_goes_on_while_the_catalog_is_replaced(bench: Bench) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries[:2])
+    reader = duckdb.connect(bench.home.catalog, read_only=True)
+    refresh(bench, entries)
+    assert reader.execute("SELECT count(*) FROM captures").fetchall() == [(2,)]
+    reader.close()
+    assert ask(bench, "SELECT count(*) FROM captures") == [(4,)]
+
+
+def test_lineage_is_read_from_the_students(bench: Bench) -> None:
+    student = bench.home.students / "abc"
+    student.mkdir(parents=True)
+    used = [{"shard": "s0", "version": "v" * 64, "capture_id": "c" * 16, "rows": 6}]
+    spec = {"student_id": "abc", "kind": "student", "captures": used}
+    (student / "distillation.json").write_text(json.dumps({"spec": spec, "created": "2026-01-02T03:04:05+00:00"}))
+    (bench.home.students / "damaged").mkdir()
+    (bench.home.students / "damaged" / "distillation.json").write_text("{")
+    refresh(bench, capture_all(bench))
+    sql = "SELECT s.kind, l.shard, l.examples FROM students AS s JOIN student_captures AS l USING (student_id)"
+    assert ask(bench, sql) == [("student", "s0", 6)]
+
+
+def test_a_catalog_of_nothing_can_be_asked(bench: Bench) -> None:
+    refresh(bench, [])
+    assert ask(bench, "SELECT count(*) FROM positions") == ask(bench, "SELECT count(*) FROM kept_ids") == [(0,)]
+
+
+def test_a_damaged_catalog_is_named_and_built_anew(bench: Bench) -> None:
+    entries = capture_all(bench)
+    bench.home.catalog.write_bytes(b"not a database" * 100)
+    with pytest.raises(CatalogError, match=r"not a readable DuckDB file.*delete it"):
+        read_meta(bench.home.catalog)
+    assert refresh(bench, entries).shards == 4
+
+
+def test_shards_with_hostile_names(bench: Bench) -> None:
+    name = 'it\'s; DROP TABLE captures -- "x"'
+    tiny.write_jsonl(bench.home.root / "shards" / f"{name}.jsonl", tiny.example_rows(2, start=400))
+    refresh(bench, capture_all(bench))
+    assert ask(bench, "SELECT count(*) FROM positions WHERE shard LIKE 'it%'") != [(0,)]
+    assert ask(bench, "SELECT shard FROM captures WHERE shard LIKE 'it%'") == [(name,)]
+
+
+def test_differences_from_the_store_are_found(bench: Bench) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries[:3])
+    [problem] = compare_with_store(bench.home.catalog, captures(entries))
+    assert problem == f"shard {entries[3].capture.shard} is captured, but not listed"
+    refresh(bench, entries)
+    [problem] = compare_with_store(bench.home.catalog, captures(entries[1:]))
+    assert "is listed, but its capture is not in the store" in problem
+    connection = duckdb.connect(bench.home.catalog)
+    connection.execute("DELETE FROM examples WHERE shard = 's0' AND row = 0")
+    connection.close()
+    assert compare_with_store(bench.home.catalog, captures(entries)) == [
+        "shard s0: 6 rows in the file, 6 in captures, 5 in examples"
+    ]
+
+
+def test_the_homes_place_is_part_of_the_identity(bench: Bench, tmp_path: Path) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries)
+    meta = read_meta(bench.home.catalog)
+    assert meta is not None and meta[1] == ["heldout", "s0", "s1", "s2"]
+    moved = refresh_catalog(tmp_path / "elsewhere" / "catalog.duckdb", bench.store, entries, tmp_path)
+    assert moved.identity != meta[0]

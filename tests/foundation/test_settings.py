@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill_assets.foundation.errors import SettingsError
+from distill_assets.foundation.settings import load_settings
+
+SMALLEST = "teacher: {model: a}\nstudent: {model: b}\n"
+
+
+def refusal(tmp_path: Path, text: str) -> str:
+    """What load_settings says about `text`, the file's path replaced by F."""
+    file = tmp_path / "distill.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(file)
+    return str(caught.value).replace(str(file), "F")
+
+
+def test_the_smallest_file_has_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_text(SMALLEST, encoding="utf-8")
+    settings = load_settings(file)
+    assert settings.teacher.model == "a"
+    assert settings.targets.k == 64
+    assert settings.data.heldout == ["heldout*"]
+    assert settings.control is True
+
+
+def test_an_unknown_key_is_named_with_its_line_and_what_is_allowed(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "targets:\n  k: 8\n  top: 9\n")
+    assert said.startswith("F line 5: targets.top is not a setting; allowed here: kind, k, min_probability")
+
+
+def test_an_unknown_section_lists_the_sections(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "trainer: {}\n")
+    assert said.startswith("F line 3: trainer is not a setting; allowed here: teacher, student, tokenizer, data")
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "reason"),
+    [
+        ("targets: {k: '8'}", "targets.k", "valid integer (given: '8')"),
+        ("targets: {k: true}", "targets.k", "valid integer (given: True)"),
+        ("targets: {k: 0}", "targets.k", "greater than or equal to 1 (given: 0)"),
+        ("targets: {kind: best}", "targets.kind", "(given: 'best')"),
+        ("targets: {min_probability: 1.0}", "targets.min_probability", "less than 1 (given: 1.0)"),
+        ("training: {learning_rate: .nan}", "training.learning_rate", "finite number (given: nan)"),
+        ("control: 1", "control", "valid boolean (given: 1)"),
+        ("data: {shards: ../elsewhere/*}", "data.shards", "inside the home, such as shards/*.jsonl"),
+        ("automation: {schedule: ''}", "automation.schedule", "at least 1 character (given: '')"),
+    ],
+)
+def test_a_wrong_value_is_named_with_line_key_and_what_was_given(
+    tmp_path: Path, line: str, key: str, reason: str
+) -> None:
+    said = refusal(tmp_path, SMALLEST + "# a comment\n" + line + "\n")
+    assert said.startswith(f"F line 4: {key}: ")
+    assert said.endswith(reason)
+
+
+def test_a_wrong_item_of_a_list_has_its_own_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "teacher: {model: a}\nstudent:\n  from_teacher_layers:\n    - 0\n    - -1\n")
+    assert said.startswith("F line 5: student.from_teacher_layers.1: ")
+
+
+def test_an_exponent_without_a_dot_is_explained(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "training: {learning_rate: 2e-4}\n")
+    expected = "F line 3: training.learning_rate: YAML reads 2e-4 as text; write a number with a dot, such as 2.0e-4"
+    assert said == expected
+
+
+@pytest.mark.parametrize("value", ["shards", "", "[a]"])
+def test_a_section_that_is_no_mapping_lists_its_keys(tmp_path: Path, value: str) -> None:
+    said = refusal(tmp_path, SMALLEST + f"data: {value}\n")
+    assert said.startswith("F line 3: data must be a mapping (given: ")
+    assert "allowed here: shards, heldout, validation" in said
+
+
+def test_missing_keys_are_named_at_their_section(tmp_path: Path) -> None:
+    assert (
+        refusal(tmp_path, "student: {model: b}\nteacher: {dtype: float32}\n")
+        == "F line 2: teacher.model is missing; add it"
+    )
+    assert refusal(tmp_path, "student: {model: b}\n") == "F line 1: teacher is missing; add it"
+
+
+@pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        ("{}", "exactly one of model, from_teacher_layers, config (given: none)"),
+        ("{model: b, from_teacher_layers: [0]}", "(given: model, from_teacher_layers)"),
+        ("{from_teacher_layers: [2, 1]}", "must be strictly increasing"),
+        ("{from_teacher_layers: [0], revision: main}", "revision belongs to model; remove it"),
+        ("{config: {hidden_size: 8}}", "config needs a model_type, such as llama"),
+    ],
+)
+def test_a_student_has_exactly_one_origin(tmp_path: Path, student: str, reason: str) -> None:
+    said = refusal(tmp_path, f"teacher: {{model: a}}\nstudent: {student}\n")
+    assert said.startswith("F line 2: student: ")
+    assert said.endswith(reason)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "training:\n  epochs: 1\n  seed: 0\n  epochs: 2\n")
+    assert said == "F line 6: epochs is given twice; keep one"
+
+
+def test_a_key_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, SMALLEST + "? [a, b]\n: c\n") == "F line 3: a key must be one word"
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "data:\n\tshards: x\n")
+    assert said.startswith("F line 4: not valid YAML (")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, text) == "F: must be a mapping with at least teacher and student"
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_bytes(b"teacher: {model: \xff}\n")
+    with pytest.raises(SettingsError, match="not UTF-8 \\(byte 17\\)"):
+        load_settings(file)
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="does not exist; `distill init"):
+        load_settings(tmp_path / "distill.yaml")
+
+
+def test_at_most_three_problems_are_told_one_a_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "a: 1\nb: 2\nc: 3\nd: 4\n")
+    assert [line.split(" is not")[0] for line in said.splitlines()] == ["F line 3: a", "F line 4: b", "F line 5: c"]

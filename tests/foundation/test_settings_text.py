@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from distill_assets.foundation.settings import Settings, load_settings
+from distill_assets.foundation.settings_text import commented_settings, init_text
+
+CASES = {
+    "defaults": {"teacher": {"model": "a/b"}, "student": {"model": "c/d"}},
+    "awkward words": {
+        "teacher": {"model": "C: # 1, {x}", "revision": "1e5"},
+        "student": {"from_teacher_layers": list(range(0, 60, 2))},
+        "tokenizer": {"accept": ["eos_token", "yes", "null", "3", "Übermut: [x]"]},
+        "data": {"shards": "*.jsonl", "heldout": ["held, out*", "'"], "validation": []},
+        "training": {"learning_rate": 1.0e-7, "kd_weight": 1.0, "seed": 123456789012},
+        "control": False,
+    },
+    "a student from scratch": {
+        "teacher": {"model": "t", "dtype": "float16"},
+        "student": {"config": {"model_type": "llama", "rope": {"factor": 2.0, "kinds": ["a", None]}, "tied": True}},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_text_loads_back_as_the_same_settings(tmp_path: Path, case: str) -> None:
+    settings = Settings.model_validate(CASES[case])
+    file = tmp_path / "distill.yaml"
+    file.write_text(commented_settings(settings), encoding="utf-8")
+    assert load_settings(file) == settings
+
+
+def test_every_key_stands_once_with_a_comment() -> None:
+    lines = init_text("a/b", "c/d").splitlines()
+    for section, field in Settings.model_fields.items():
+        (head,) = [line for line in lines if line.startswith(f"{section}:")]
+        assert "  # " in head
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            start = lines.index(head)
+            block = lines[start + 1 : lines.index("", start) if "" in lines[start:] else None]
+            keys = list(field.annotation.model_fields)
+            assert [line.split(":")[0].strip(" #") for line in block] == keys
+            for line, described in zip(block, field.annotation.model_fields.values(), strict=True):
+                assert described.description
+                assert line.endswith(described.description)
+
+
+def test_choices_that_the_description_does_not_name_are_listed() -> None:
+    assert "dtype: bfloat16  # float32, bfloat16, float16: compute dtype" in init_text("a/b", "c/d")
+    assert "supervise: completion  # completion: completions and" in init_text("a/b", "c/d")
+
+
+def test_a_key_without_a_value_is_a_comment() -> None:
+    assert "\n  # revision: null  # branch, tag or commit" in init_text("a/b", "c/d")

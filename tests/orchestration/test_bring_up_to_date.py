@@ -1,0 +1,236 @@
+"""The whole chain through real Dagster runs, in process: only what changed runs, and the store is the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from dagster import DagsterRunStatus, RunsFilter
+
+from distill_assets.definitions import defs
+from distill_assets.foundation.errors import DistillError, IncompatibleTokenizers, StaleInputs, UsageError
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
+from distill_assets.orchestration.instance import PROCESS_TAG, open_instance, process_tags
+from distill_assets.orchestration.partitions import recorded_version, recorded_versions
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
+from distill_assets.orchestration.status import home_status
+from tests import tiny
+
+WHOLE_RUN = [
+    "tokenizer_compatibility",
+    "teacher_capture[heldout]",
+    "teacher_capture[s0]",
+    "teacher_capture[s1]",
+    "capture_catalog",
+    "student_model",
+    "control_student",
+    "student_evaluation",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Opening a home's instance sets these for the process; no test inherits them."""
+    yield
+    os.environ.pop("DAGSTER_HOME", None)
+    os.environ.pop("DISTILL_HOME", None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """A home that was run once; tests work on copies at the same path depth."""
+    root = tiny.make_home(tmp_path_factory.mktemp("made") / "home", teacher_folder, shards=2)
+    report = bring_up_to_date(defs, Home(root), device="cpu")
+    assert report.materialized == WHOLE_RUN
+    assert (report.rows_captured, report.rows_reused, report.failures) == (18, 0, {})
+    return root
+
+
+@pytest.fixture
+def fresh(made: Path) -> Iterator[Path]:
+    """The home that was run once, put back as it was afterwards."""
+    backup = made.with_name("backup")
+    shutil.copytree(made, backup)
+    yield made
+    shutil.rmtree(made)
+    backup.rename(made)
+
+
+def run(root: Path, **options: object) -> RunReport:
+    return bring_up_to_date(defs, Home(root), device="cpu", **options)  # type: ignore[arg-type]
+
+
+def edit(root: Path, **sections: object) -> None:
+    file = root / "distill.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name, section in sections.items():
+        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
+    file.write_text(yaml.safe_dump(settings))
+
+
+def shard(root: Path, key: str) -> Path:
+    return root / "shards" / f"{key}.jsonl"
+
+
+def test_a_second_run_and_a_touch_do_nothing(fresh: Path) -> None:
+    for file in (fresh / "shards").iterdir():
+        os.utime(file, (1, 1))
+    report = run(fresh)
+    assert report.materialized == [] and report.captured_shards == []
+    assert report.student_id and report.report and Path(report.report).is_file()
+
+
+def test_one_changed_row_runs_one_shard_and_a_new_student(fresh: Path) -> None:
+    before = run(fresh)
+    shard(fresh, "s1").write_text(shard(fresh, "s1").read_text().replace("Question 100", "Question C"))
+    report = run(fresh)
+    assert (report.captured_shards, report.rows_captured, report.rows_reused) == (["s1"], 1, 5)
+    assert report.student_id != before.student_id and report.control_id != before.control_id
+    assert "tokenizer_compatibility" not in report.materialized
+
+
+def test_a_held_out_change_makes_a_new_report_and_no_new_student(fresh: Path) -> None:
+    before = run(fresh)
+    tiny.write_jsonl(shard(fresh, "heldout"), tiny.example_rows(7, start=9000))
+    report = run(fresh)
+    assert (report.rows_captured, report.student_id) == (1, before.student_id)
+    assert report.report != before.report
+    assert not {"student_model", "control_student"} & {m for m in report.materialized if _rebuilt(fresh, m)}
+
+
+def _rebuilt(root: Path, asset: str) -> bool:
+    return asset in ("student_model", "control_student") and len(list((root / "students").iterdir())) != 2
+
+
+def test_deleting_and_adding_shards(fresh: Path) -> None:
+    shard(fresh, "s1").unlink()
+    tiny.write_jsonl(shard(fresh, "s9"), tiny.example_rows(4, start=500))
+    report = run(fresh)
+    assert report.captured_shards == ["s9"]
+    assert report.catalog is not None and report.catalog["shards"] == 3
+    record = json.loads((fresh / "students" / str(report.student_id) / "distillation.json").read_text())
+    assert sorted(used["shard"] for used in record["spec"]["captures"]) == ["s0", "s9"]
+
+
+def test_settings_change_all_and_back_is_current_at_once(fresh: Path) -> None:
+    before = run(fresh)
+    edit(fresh, targets={"k": 4})
+    changed = run(fresh)
+    assert sorted(changed.captured_shards) == ["heldout", "s0", "s1"]
+    assert changed.student_id != before.student_id and changed.control_id == before.control_id
+    edit(fresh, targets={"k": 8})
+    back = run(fresh)
+    assert back.captured_shards == [] and back.student_id == before.student_id
+
+
+def test_records_say_what_the_store_holds(fresh: Path) -> None:
+    with open_instance(Home(fresh)) as instance:
+        states = AssetStates(Pipeline(Home(fresh)))
+        recorded = recorded_versions(instance, "teacher_capture")
+        assert recorded == {key: states.capture_version(key) for key in ("heldout", "s0", "s1")}
+        assert recorded_version(instance, "student_model") == states.data_version("student_model")
+        instance.wipe_assets([dg.AssetKey("teacher_capture")])
+    assert run(fresh).captured_shards == []
+    with open_instance(Home(fresh)) as instance:
+        assert recorded_versions(instance, "teacher_capture") == recorded
+
+
+def test_a_bad_shard_does_not_hold_back_the_others(fresh: Path) -> None:
+    before = run(fresh)
+    shard(fresh, "s0").write_text('{"prompt": "a", "completion": 3}\n')
+    tiny.write_jsonl(shard(fresh, "s5"), tiny.example_rows(3, start=700))
+    report = run(fresh)
+    assert report.captured_shards == ["s5"] and list(report.failures) == ["s0"]
+    assert "line 1" in report.failures["s0"]
+    assert report.catalog is not None and report.catalog["shards"] == 3
+    assert not {"student_model", "student_evaluation"} & set(report.materialized)
+    with pytest.raises(DistillError, match=r"s0.*line 1"):
+        report.raise_failures()
+    assert (fresh / "students" / str(before.student_id)).is_dir()
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(6))
+    assert run(fresh).failures == {}
+
+
+def test_a_student_of_another_family_stops_everything(tmp_path: Path, teacher_folder: Path) -> None:
+    other = tiny.save_model(tmp_path / "other", tiny.train_tokenizer([t[::-1] for t in tiny.TEXT]))
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=1, student={"model": str(other)})
+    with pytest.raises(IncompatibleTokenizers):
+        run(root)
+    assert not list((root / "captures").rglob("*.parquet"))
+    with open_instance(Home(root)) as instance, pytest.raises(IncompatibleTokenizers):
+        defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey("teacher_capture")], partition_key="s0"
+        )
+
+
+def test_one_shard_only(fresh: Path) -> None:
+    for key in ("s0", "s1"):
+        tiny.write_jsonl(shard(fresh, key), tiny.example_rows(7, start=800 if key == "s0" else 900))
+    report = run(fresh, shards=["s1"])
+    assert report.captured_shards == ["s1"] and "student_model" not in report.materialized
+    with pytest.raises(UsageError, match="there is no shard nope"):
+        run(fresh, shards=["nope"])
+
+
+def test_one_asset_only(fresh: Path) -> None:
+    edit(fresh, training={"seed": 7})
+    report = run(fresh, only="student_model")
+    assert report.materialized == ["student_model"]
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2))
+    with pytest.raises(StaleInputs, match="student_model reads teacher_capture"):
+        run(fresh, only="student_model")
+    with pytest.raises(UsageError, match="choose one of: tokenizer_compatibility"):
+        run(fresh, only="nothing")
+
+
+def test_without_a_control(fresh: Path) -> None:
+    edit(fresh, control=False)
+    report = run(fresh)
+    assert report.control_id is None and report.evaluation
+    assert {a.asset: a.state for a in home_status(Pipeline(Home(fresh))).assets}["control_student"] == "off"
+
+
+def test_no_shards(tmp_path: Path, teacher_folder: Path) -> None:
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=0)
+    (root / "shards" / "heldout.jsonl").unlink()
+    with pytest.raises(StaleInputs, match="there are no shards"):
+        run(root)
+
+
+def test_the_next_run_closes_runs_of_dead_processes(fresh: Path) -> None:
+    job = defs.resolve_implicit_global_asset_job_def()
+    with open_instance(Home(fresh)) as instance:
+        dead = instance.create_run_for_job(job, tags={**process_tags(), PROCESS_TAG: "999999@1.00"})
+        instance.report_dagster_event(
+            dg.DagsterEvent("PIPELINE_START", job_name=job.name, message="started"), run_id=dead.run_id
+        )
+        assert instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED]))
+    said: list[str] = []
+    run(fresh, on_step=said.append)
+    assert any(dead.run_id[:8] in line for line in said)
+    with open_instance(Home(fresh)) as instance:
+        assert instance.get_run_by_id(dead.run_id).status == DagsterRunStatus.FAILURE  # type: ignore[union-attr]
+
+
+def test_status_after_a_run_and_after_a_change(fresh: Path) -> None:
+    status = home_status(Pipeline(Home(fresh)))
+    assert {s.state for s in status.shards} == {a.state for a in status.assets} == {"current"}
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2))
+    status = home_status(Pipeline(Home(fresh)))
+    assert {s.shard: s.state for s in status.shards} == {"heldout": "current", "s0": "changed", "s1": "current"}
+    assert {a.asset: a.state for a in status.assets} == {
+        "tokenizer_compatibility": "current",
+        "teacher_capture": "stale",
+        "capture_catalog": "stale",
+        "student_model": "stale",
+        "control_student": "stale",
+        "student_evaluation": "stale",
+    }

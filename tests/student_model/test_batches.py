@@ -1,0 +1,62 @@
+"""The plan's promises, and what collation puts where."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_assets.student_model.batches import IGNORED, collate, epoch_ends, plan_batches
+from tests.student_model.rows import row_of
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=60), st.integers(2, 90), st.integers(1, 3), st.integers(0, 9))
+def test_every_row_once_an_epoch_within_the_budget(lengths: list[int], budget: int, epochs: int, seed: int) -> None:
+    plan = plan_batches(lengths, budget, epochs, seed)
+    assert plan == plan_batches(lengths, budget, epochs, seed)
+    for batch in plan:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    ends = epoch_ends(plan, len(lengths))
+    assert len(ends) == epochs and ends[-1] == len(plan)
+    for start, end in zip([0, *ends], ends, strict=False):
+        assert sorted(i for batch in plan[start:end] for i in batch) == list(range(len(lengths)))
+
+
+def test_epochs_and_seeds_differ_and_little_is_padding() -> None:
+    lengths = [5 + (37 * i) % 60 for i in range(400)]
+    plan = plan_batches(lengths, 512, epochs=2, seed=0)
+    first, second = plan[: epoch_ends(plan, 400)[0]], plan[epoch_ends(plan, 400)[0] :]
+    assert first != second
+    assert first != plan_batches(lengths, 512, epochs=1, seed=1)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
+    assert padded < 1.1 * sum(lengths)
+    longest = [max(lengths[i] for i in batch) for batch in first]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_collation_puts_labels_where_they_are_predicted_and_targets_in_label_order() -> None:
+    long = row_of([5, 6, 7, 8], [1, 2], [{7: 0.6, 1: 0.2}, {8: 0.9}], [0.2, 0.1])
+    short = row_of([3, 4], [0], [{4: 1.02}], [0.02])  # what rounding stores does not sum to 1
+    batch = collate([long, short], with_targets=True)
+    assert batch["ids_BT"].tolist() == [[5, 6, 7, 8], [3, 4, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 7, 8, IGNORED], [4, IGNORED, IGNORED, IGNORED]]
+    assert batch["weight_N"].tolist() == [1.0, 1.0, 1.0]
+    assert batch["support_ids_NK"].tolist() == [[7, 1], [8, 0], [4, 0]]
+    probabilities = batch["support_logprobs_NK"].exp()
+    np.testing.assert_allclose(probabilities, [[0.6, 0.2], [0.9, 0.0], [1.02 / 1.04, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(batch["tail_logprob_N"].exp(), [0.2, 0.1, 0.02 / 1.04], rtol=1e-6)
+
+
+def test_the_control_sees_the_same_rows_without_targets() -> None:
+    row = row_of([5, 6, 7], [0, 1], [{6: 0.9}, {7: 0.9}], [0.1, 0.1])
+    student, control = collate([row], with_targets=True), collate([row], with_targets=False)
+    assert sorted(control) == ["ids_BT", "labels", "weight_N"]
+    assert all(torch.equal(student[name], control[name]) for name in control)
+
+
+def test_no_rows_collate_to_padding_that_trains_nothing() -> None:
+    batch = collate([], with_targets=True)
+    assert batch["ids_BT"].tolist() == [[0]] and batch["labels"].tolist() == [[IGNORED]]
+    assert batch["weight_N"].shape == (0,) and batch["support_ids_NK"].shape == (0, 1)

@@ -1,0 +1,65 @@
+"""What a student's id contains, and what it must not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.student_model.identity import student_id
+from distill_assets.student_model.vocabulary import StudentVocabulary
+
+
+@dataclass(frozen=True)
+class Row:
+    key: str
+    weight: float = 1.0
+
+
+def an_id(kind: str = "student", **changes: Any) -> str:
+    values: dict[str, Any] = {
+        "rows": [Row("a"), Row("b", 2.0)],
+        "validation": [Row("v")],
+        "training": TrainingSettings(),
+        "initial_weights": "w",
+        "vocabulary": StudentVocabulary(100, (3,)),
+        "tokenizer": "t",
+        "capture_ids": ["c"],
+    }
+    return student_id(kind, **{**values, **changes})  # type: ignore[arg-type]
+
+
+EVERYTHING = [
+    {"rows": [Row("a")]},
+    {"rows": [Row("a"), Row("b")]},
+    {"rows": [Row("a"), Row("b", 2.0), Row("a")]},
+    {"validation": []},
+    {"training": TrainingSettings(seed=1)},
+    {"training": TrainingSettings(learning_rate=1e-3)},
+    {"training": TrainingSettings(epochs=2)},
+    {"initial_weights": "x"},
+    {"vocabulary": StudentVocabulary(100)},
+    {"tokenizer": "u"},
+]
+TARGETS = [{"capture_ids": ["d"]}, {"capture_ids": ["c", "d"]}, {"training": TrainingSettings(kd_weight=0.5)}]
+
+
+@pytest.mark.parametrize("kind", ["student", "control"])
+@pytest.mark.parametrize("change", EVERYTHING)
+def test_what_the_weights_depend_on_is_in_the_id(kind: str, change: dict[str, Any]) -> None:
+    assert an_id(kind, **change) != an_id(kind)
+
+
+@pytest.mark.parametrize("change", TARGETS)
+def test_targets_change_the_student_and_not_the_control(change: dict[str, Any]) -> None:
+    assert an_id("student", **change) != an_id("student")
+    assert an_id("control", **change) == an_id("control")
+
+
+def test_order_is_not_in_the_id_and_kinds_differ() -> None:
+    assert an_id(rows=[Row("b", 2.0), Row("a")]) == an_id()
+    assert an_id(capture_ids=["c", "c"]) == an_id()
+    assert an_id("control") != an_id("student")
+    assert len(an_id()) == 16 and int(an_id(), 16) >= 0

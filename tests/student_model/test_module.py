@@ -1,0 +1,214 @@
+"""The module against a dense oracle: alignment, chunks, weights, shares of a step, memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from distill_assets.foundation.language_model import HEAD_ROWS
+from distill_assets.student_model.batches import IGNORED, collate
+from distill_assets.student_model.module import DistillationModule, mean_losses
+from distill_assets.student_model.vocabulary import StudentVocabulary
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from tests.student_model.rows import captured_rows
+
+
+@pytest.fixture
+def student(teacher_model: PreTrainedModel) -> PreTrainedModel:
+    """The teacher with disturbed weights, so that there is something to learn."""
+    student = copy.deepcopy(teacher_model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return student
+
+
+@pytest.fixture
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> StudentVocabulary:
+    return StudentVocabulary(len(tokenizer))
+
+
+def dense_loss(model: PreTrainedModel, rows: Sequence[CapturedRow], kd_weight: float) -> Tensor:
+    """Sum over all positions, one at a time, from the model's own forward."""
+    total = torch.zeros(())
+    for row in rows:
+        logq_TV = model(torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
+        targets = row.targets.normalized()
+        for p, t in enumerate(targets.positions_P):
+            part = slice(targets.offsets_P1[p], targets.offsets_P1[p + 1])
+            ids = torch.from_numpy(targets.support_ids_N[part].astype(np.int64))
+            logp, tail = torch.from_numpy(targets.support_logprobs_N[part]), float(targets.tail_logprob_P[p])
+            outside = torch.tensor([i for i in range(logq_TV.shape[1]) if i not in ids.tolist()])
+            kd = (logp.exp() * (logp - logq_TV[t, ids])).sum()
+            kd = kd + np.exp(tail) * (tail - logq_TV[t, outside].logsumexp(0))
+            total = total + row.weight * (kd_weight * kd - (1 - kd_weight) * logq_TV[t, int(row.input_ids[t + 1])])
+    return total
+
+
+def gradients(model: PreTrainedModel) -> list[Tensor]:
+    return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+
+def positions(rows: Sequence[CapturedRow]) -> int:
+    return sum(row.targets.n_positions for row in rows)
+
+
+@pytest.mark.parametrize("kd_weight", [1.0, 0.7])
+def test_chunked_loss_and_gradient_equal_the_dense_ones(
+    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow], kd_weight: float
+) -> None:
+    rows = [replace(row, weight=0.5 + i % 3) for i, row in enumerate(rows)]
+    assert positions(rows) > 2 * HEAD_ROWS  # several chunks, the last one short
+    loss = DistillationModule(student, vocabulary, kd_weight)(**collate(rows, with_targets=True))["loss"]
+    loss.backward()
+    ours = gradients(student)
+    student.zero_grad()
+    expected = dense_loss(student, rows, kd_weight) / positions(rows)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for mine, dense in zip(ours, gradients(student), strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-3, atol=1e-6)
+
+
+def test_the_teacher_as_its_own_student_has_nothing_to_learn_unless_rows_are_shifted(
+    teacher_model: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
+) -> None:
+    module = DistillationModule(teacher_model, vocabulary, 1.0)
+
+    def shifted(by: int) -> float:
+        moved = []
+        for row in rows:
+            targets = row.targets
+            inside = slice(1, -1)  # the first and last position have no neighbour to take
+            kept = replace(
+                targets,
+                positions_P=targets.positions_P[inside],
+                offsets_P1=np.arange(0, 8 * (targets.n_positions - 1), 8),
+                support_ids_N=targets.support_ids_N[8 * (1 + by) : 8 * (targets.n_positions - 1 + by)],
+                support_logprobs_N=targets.support_logprobs_N[8 * (1 + by) : 8 * (targets.n_positions - 1 + by)],
+                tail_logprob_P=targets.tail_logprob_P[1 + by : targets.n_positions - 1 + by],
+            )
+            moved.append(replace(row, targets=kept))
+        return float(module(**collate(moved, with_targets=True))["kd"])
+
+    assert abs(shifted(0)) < 1e-5
+    assert shifted(1) > 0.1
+    assert shifted(-1) > 0.1
+
+
+def test_the_cross_entropy_is_that_of_the_captured_gold_token(
+    teacher_model: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
+) -> None:
+    ce = DistillationModule(teacher_model, vocabulary, 0.0)(**collate(rows, with_targets=False))["ce"]
+    gold = np.concatenate([row.targets.gold_logprob_P for row in rows])
+    assert float(ce) == pytest.approx(-gold.mean(dtype=np.float64), rel=1e-5)
+
+
+def test_shares_of_a_step_add_up_to_the_step(
+    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
+) -> None:
+    module = DistillationModule(student, vocabulary, 0.9)
+    whole = module(**collate(rows, with_targets=True))["loss"]
+    whole.backward()
+    expected = gradients(student)
+    student.zero_grad()
+    total = 0.0
+    for share in (rows[0::3], rows[1::3], rows[2::3], []):
+        loss = module(**collate(share, with_targets=True), num_items_in_batch=positions(rows))["loss"]
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=1e-5)
+    for mine, dense in zip(gradients(student), expected, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-3, atol=1e-6)
+
+
+def test_padding_rows_of_the_head_and_unused_ids_take_no_part(
+    student: PreTrainedModel, rows: list[CapturedRow], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    unused = 7
+    vocabulary = StudentVocabulary(len(tokenizer), unused=(unused,))
+    wide = copy.deepcopy(student)
+    wide.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
+    with torch.no_grad():
+        wide.get_input_embeddings().weight[len(tokenizer) :] = 3.0  # tied: logits that would take mass
+    batch = collate(rows, with_targets=True)
+    batch["support_ids_NK"] = batch["support_ids_NK"].where(batch["support_ids_NK"] != unused, 8)
+    narrow_loss = DistillationModule(student, vocabulary, 0.9)(**batch)["loss"]
+    wide_module = DistillationModule(wide, vocabulary, 0.9)
+    wide_loss = wide_module(**batch)["loss"]
+    torch.testing.assert_close(wide_loss, narrow_loss)
+    wide_loss.backward()
+    assert (wide.get_input_embeddings().weight.grad[len(tokenizer) :] == 0).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements any operation gave back."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+def test_no_tensor_is_as_large_as_the_logits_of_all_positions(
+    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
+) -> None:
+    batch = collate(rows, with_targets=True)
+    with LargestTensor() as seen:
+        DistillationModule(student, vocabulary, 0.9)(**batch)["loss"].backward()
+    assert HEAD_ROWS * vocabulary.n_real <= seen.largest < positions(rows) * vocabulary.n_real
+
+
+def test_mean_losses_are_means_over_positions_whatever_the_batches(
+    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
+) -> None:
+    module = DistillationModule(student, vocabulary, 0.9).train()
+    whole = module(**collate(rows, with_targets=True))
+    kd, ce = mean_losses(module, (collate(part, with_targets=True) for part in (rows[:1], rows[1:])))
+    assert (kd, ce) == (pytest.approx(float(whole["kd"]), rel=1e-5), pytest.approx(float(whole["ce"]), rel=1e-5))
+    assert module.training
+
+
+def test_labels_count_supervised_positions(rows: list[CapturedRow]) -> None:
+    labels = collate(rows, with_targets=True)["labels"]
+    assert int((labels != IGNORED).sum()) == positions(rows)
+
+
+def test_rows_of_several_lengths_do_not_see_their_padding(
+    student: PreTrainedModel,
+    vocabulary: StudentVocabulary,
+    teacher_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = captured_rows(teacher_model, tokenizer, 2, start=50)
+    short = replace(
+        rows[0],
+        input_ids=rows[0].input_ids[: rows[0].targets.positions_P[1] + 1],
+        targets=replace(
+            rows[0].targets,
+            positions_P=rows[0].targets.positions_P[:1],
+            offsets_P1=rows[0].targets.offsets_P1[:2],
+            support_ids_N=rows[0].targets.support_ids_N[:8],
+            support_logprobs_N=rows[0].targets.support_logprobs_N[:8],
+            tail_logprob_P=rows[0].targets.tail_logprob_P[:1],
+        ),
+    )
+    module = DistillationModule(student, vocabulary, 0.9)
+    alone = module(**collate([short], with_targets=True), num_items_in_batch=1)["loss"]
+    other = module(**collate([rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
+    together = module(**collate([short, rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
+    torch.testing.assert_close(together, alone + other, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,265 @@
+"""Whole trainings of tiny students on a tiny teacher's real distributions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.progress import Progress
+from distill_assets.foundation.settings import StudentSettings, TrainingSettings
+from distill_assets.student_model.identity import StudentKind
+from distill_assets.student_model.initial import initial_student
+from distill_assets.student_model.module import DistillationModule
+from distill_assets.student_model.saving import StudentSpec, UsedCapture, read_student
+from distill_assets.student_model.training import (
+    DistillationTrainer,
+    learning_rate_share,
+    train_student,
+    training_arguments,
+)
+from distill_assets.student_model.vocabulary import StudentVocabulary
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from tests.student_model.rows import captured_rows
+
+ORIGIN = StudentSettings(from_teacher_layers=[0, 2])
+
+
+def spec_of(kind: StudentKind = "student", n_real: int = 320, **training: Any) -> StudentSpec:
+    settings = {"learning_rate": 2e-3, "batch_tokens": 160, "epochs": 1, **training}
+    return StudentSpec(
+        student_id="0123456789abcdef",
+        kind=kind,
+        teacher="tiny-teacher",
+        origin=ORIGIN,
+        training=TrainingSettings(**settings),
+        vocabulary=StudentVocabulary(n_real),
+        captures=(UsedCapture("s0", "f" * 64, "c" * 16, 10),),
+        accepted_differences=("chat_template",),
+    )
+
+
+@pytest.fixture
+def start(teacher: ModelFolder) -> PreTrainedModel:
+    return initial_student(ORIGIN, teacher, None, 320, 0, torch.device("cpu"))
+
+
+def fresh(teacher: ModelFolder) -> PreTrainedModel:
+    return initial_student(ORIGIN, teacher, None, 320, 0, torch.device("cpu"))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_student_is_saved_whole_loads_with_transformers_and_generates(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    spec, folder = spec_of(), tmp_path / "students" / "x"
+    report = train_student(spec, start, tokenizer, rows, folder, device="cpu", on_progress=seen.append)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "distillation.json", "README.md"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert [file.name for file in folder.parent.iterdir()] == ["x"]
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded_tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    prompt = loaded_tokenizer("The cat", return_tensors="pt")
+    assert loaded.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template
+    for mine, saved in zip(start.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(mine, saved)
+
+    record = read_student(folder)
+    assert record.spec == spec and record.report == report
+    assert record.tools["torch"] == torch.__version__
+    assert "tiny-teacher" in (folder / "README.md").read_text()
+    assert [(p.done, p.total) for p in seen] == [(i + 1, report.steps) for i in range(report.steps)]
+    assert seen[-1].note == f"loss {report.final_loss:.4f}"
+
+
+def test_the_curve_has_every_step_and_distillation_brings_the_student_to_the_teacher(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    report = train_student(
+        spec_of(epochs=8, kd_weight=0.9), start, tokenizer, rows, tmp_path / "x", validation=rows[:3], device="cpu"
+    )
+    assert [point.step for point in report.curve] == list(range(1, report.steps + 1))
+    for point in report.curve:
+        assert point.kd is not None
+        assert point.loss == pytest.approx(0.9 * point.kd + 0.1 * point.ce, rel=1e-4)
+    per_epoch = sum(row.targets.n_positions for row in rows)
+    assert report.supervised_tokens == sum(point.tokens for point in report.curve) == 8 * per_epoch
+    assert [point.epoch for point in report.validation] == list(range(1, 9))
+    kds = [point.kd for point in report.validation if point.kd is not None]
+    assert len(kds) == 8 and kds[-1] < 0.6 * kds[0]
+
+
+def test_training_on_shifted_rows_does_not_bring_the_student_to_the_teacher(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    def shifted(row: CapturedRow) -> CapturedRow:
+        targets = row.targets
+        return replace(
+            row,
+            targets=replace(
+                targets,
+                support_ids_N=np.roll(targets.support_ids_N, 8),
+                support_logprobs_N=np.roll(targets.support_logprobs_N, 8),
+                tail_logprob_P=np.roll(targets.tail_logprob_P, 1),
+            ),
+        )
+
+    def reached(training_rows: Sequence[CapturedRow], name: str) -> float:
+        report = train_student(
+            spec_of(epochs=4, kd_weight=1.0), fresh(teacher), tokenizer, training_rows, tmp_path / name,
+            validation=rows, device="cpu",
+        )  # fmt: skip
+        kd = report.validation[-1].kd
+        assert kd is not None
+        return kd
+
+    assert reached(rows, "aligned") < 0.7 * reached([shifted(row) for row in rows], "shifted")
+
+
+def test_the_same_call_gives_the_same_weights_whatever_the_order_of_the_rows(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    for name, given in (("a", rows), ("b", rows[::-1])):
+        train_student(spec_of(), fresh(teacher), tokenizer, given, tmp_path / name, device="cpu")
+    train_student(spec_of(seed=1), fresh(teacher), tokenizer, rows, tmp_path / "c", device="cpu")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+
+
+def test_the_control_takes_the_same_steps_and_does_not_look_at_targets(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, teacher_model: PreTrainedModel, rows: list[CapturedRow],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    student = train_student(spec_of(), fresh(teacher), tokenizer, rows, tmp_path / "s", device="cpu")
+    control = train_student(
+        spec_of("control"), fresh(teacher), tokenizer, rows, tmp_path / "c", validation=rows[:2], device="cpu"
+    )
+    other_k = captured_rows(teacher_model, tokenizer, 10, k=3)
+    train_student(spec_of("control", kd_weight=0.3), fresh(teacher), tokenizer, other_k, tmp_path / "c3", device="cpu")
+    assert [(p.step, p.tokens, p.learning_rate) for p in student.curve] == [
+        (p.step, p.tokens, p.learning_rate) for p in control.curve
+    ]
+    assert all(point.kd is None and point.loss == point.ce for point in control.curve)
+    assert [point.kd for point in control.validation] == [None]
+    assert weights(tmp_path / "c") == weights(tmp_path / "c3")
+
+
+def test_frozen_embeddings_stay_as_they_start(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    before = {name: weight.detach().clone() for name, weight in start.named_parameters()}
+    train_student(spec_of(freeze_embeddings=True), start, tokenizer, rows, tmp_path / "x", device="cpu")
+    same = {name for name, weight in start.named_parameters() if torch.equal(weight, before[name])}
+    assert same == {"model.embed_tokens.weight"}
+
+
+def test_row_weights_count(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    doubled = [replace(row, weight=2.0) for row in rows]
+    plain = train_student(spec_of(), fresh(teacher), tokenizer, rows, tmp_path / "a", device="cpu")
+    heavy = train_student(spec_of(), fresh(teacher), tokenizer, doubled, tmp_path / "b", device="cpu")
+    assert heavy.curve[0].loss == pytest.approx(2 * plain.curve[0].loss, rel=1e-5)
+
+
+def test_two_accumulated_batches_are_one_step_over_both(
+    teacher: ModelFolder, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    def trained(plan: list[list[int]], accumulation: int) -> DistillationTrainer:
+        module = DistillationModule(fresh(teacher), StudentVocabulary(320), 0.9)
+        arguments = training_arguments(spec_of().training, 1, torch.device("cpu"), tmp_path)
+        arguments.gradient_accumulation_steps = accumulation
+        trainer = DistillationTrainer(module, arguments, rows, plan, with_targets=True)
+        trainer.train()
+        return trainer
+
+    whole = trained([list(range(10))], 1)
+    halves = trained([[0, 1, 2], [3, 4, 5, 6, 7, 8, 9]], 2)
+    (one,), (two,) = whole.curve, halves.curve
+    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.tokens == one.tokens
+    for a, b in zip(whole.module.parameters(), halves.module.parameters(), strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-4
+        )  # AdamW's first step is about the rate, whatever the size
+
+
+def test_the_rate_warms_up_then_falls_along_a_cosine_and_no_step_idles() -> None:
+    shares = [learning_rate_share(step, 10, 4) for step in range(10)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert shares[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    assert min(shares) > 0
+    assert [learning_rate_share(step, 3, 3) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_row_keys_and_leaves_nothing(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    spoilt = [replace(row, weight=float("inf")) if i == 4 else row for i, row in enumerate(rows)]
+    with pytest.raises(TrainingError, match=rf"the loss of step \d is .*keys .*{rows[4].key}"):
+        train_student(spec_of(), start, tokenizer, spoilt, tmp_path / "x", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_the_old_student(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    train_student(spec_of(), fresh(teacher), tokenizer, rows, tmp_path / "x", device="cpu")
+    before = weights(tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        train_student(
+            spec_of(seed=2), fresh(teacher), tokenizer, rows, tmp_path / "x", device="cpu", on_progress=interrupt
+        )
+    assert weights(tmp_path / "x") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_rows_that_cannot_be_trained_on_are_refused(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="no captured rows"):
+        train_student(spec_of(), start, tokenizer, [], tmp_path / "x", device="cpu")
+    with pytest.raises(TrainingError, match="no row has a target token that the student knows"):
+        train_student(spec_of(n_real=2), start, tokenizer, [rows[0]], tmp_path / "x", device="cpu")
+    with pytest.raises(TrainingError, match="its head has 320 rows, but 400 ids"):
+        train_student(spec_of(n_real=400), start, tokenizer, rows, tmp_path / "x", device="cpu")
+
+
+def test_a_student_that_lacks_ids_trains_and_reports_what_that_cost(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    report = train_student(spec_of(n_real=300), start, tokenizer, rows, tmp_path / "x", device="cpu")
+    golds = np.concatenate([row.input_ids[row.targets.positions_P + 1] for row in rows])
+    assert report.fit.positions_dropped == int((golds >= 300).sum()) > 0
+    assert report.supervised_tokens == int((golds < 300).sum())
+    assert 0.0 < report.fit.mass_dropped < 1.0
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"spec": 1}', None])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "distillation.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"distillation\.json"):
+        read_student(tmp_path)

@@ -1,0 +1,82 @@
+"""Ids the student lacks: out of the support, out of the gold, out of the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from distill_assets.foundation.errors import TrainingError
+from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
+from tests import tiny
+from tests.student_model.rows import row_of
+
+MANY = 100
+
+
+def test_a_row_within_the_vocabulary_is_handed_on_as_it_is() -> None:
+    row = row_of([1, 2, 3], [0, 1], [{2: 0.9}, {3: 0.5, 1: 0.3}], [0.1, 0.2])
+    fitted, report = fit_rows([row], StudentVocabulary(10), MANY)
+    assert fitted[0] is row
+    assert (report.positions_dropped, report.rows_cut, report.rows_dropped, report.mass_dropped) == (0, 0, 0, 0.0)
+
+
+def test_unknown_ids_leave_the_support_and_the_rest_is_renormalised() -> None:
+    row = row_of([1, 2, 3], [0, 1], [{2: 0.6, 9: 0.2, 3: 0.1}, {3: 0.5, 1: 0.4}], [0.1, 0.1])
+    (fitted,), report = fit_rows([row], StudentVocabulary(9), MANY)
+    targets = fitted.targets.normalized()
+    assert targets.support_ids_N.tolist() == [2, 3, 3, 1]
+    np.testing.assert_allclose(np.exp(targets.support_logprobs_N), [0.75, 0.125, 0.5, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(targets.tail_logprob_P), [0.125, 0.1], rtol=1e-6)
+    assert report.mass_dropped == pytest.approx(0.1)  # 0.2 at one of two positions
+
+
+def test_an_unused_id_below_the_limit_counts_as_unknown() -> None:
+    row = row_of([1, 2], [0], [{4: 0.5, 2: 0.3}], [0.2])
+    (fitted,), _ = fit_rows([row], StudentVocabulary(10, unused=(4, 7)), MANY)
+    assert fitted.targets.support_ids_N.tolist() == [2]
+
+
+def test_a_gold_token_the_student_lacks_makes_its_position_unsupervised() -> None:
+    row = row_of([1, 9, 3, 2], [0, 1, 2], [{2: 0.9}, {3: 0.9}, {2: 0.8}], [0.1, 0.1, 0.2])
+    (fitted,), report = fit_rows([row], StudentVocabulary(9), MANY)
+    assert fitted.targets.positions_P.tolist() == [1, 2]
+    assert fitted.input_ids.tolist() == [1, 9, 3, 2]  # the token itself is still read
+    assert report.positions_dropped == 1
+
+
+def test_a_row_is_cut_before_a_token_without_an_embedding() -> None:
+    row = row_of([1, 2, 9, 3], [0, 1, 2], [{2: 0.9}, {3: 0.9}, {3: 0.9}], [0.1, 0.1, 0.1])
+    gone = row_of([9, 2], [0], [{2: 0.9}], [0.1])
+    (fitted,), report = fit_rows([row, gone], StudentVocabulary(9), 9)
+    assert fitted.input_ids.tolist() == [1, 2]
+    assert fitted.targets.positions_P.tolist() == [0]
+    assert (report.positions_dropped, report.rows_cut, report.rows_dropped) == (3, 2, 1)
+
+
+def test_a_position_without_any_known_id_stays_supervised_with_all_mass_in_the_tail() -> None:
+    row = row_of([1, 2, 3], [0, 1], [{9: 1.0}, {3: 0.9}], [0.0, 0.1])
+    (fitted,), report = fit_rows([row], StudentVocabulary(9), MANY)
+    targets = fitted.targets.normalized()
+    assert targets.positions_P.tolist() == [0, 1]
+    assert np.exp(targets.tail_logprob_P).tolist() == pytest.approx([1.0, 0.1])
+    assert np.exp(targets.support_logprobs_N).tolist() == pytest.approx([0.0, 0.9])
+    assert report.mass_dropped == pytest.approx(0.5)
+
+
+def test_a_tail_without_any_id_of_the_student_is_taken_out() -> None:
+    row = row_of([1, 2], [0], [{2: 0.5, 0: 0.2, 1: 0.1}], [0.2])
+    (fitted,), report = fit_rows([row], StudentVocabulary(3), MANY)
+    targets = fitted.targets.normalized()
+    assert np.isneginf(targets.tail_logprob_P).all()
+    np.testing.assert_allclose(np.exp(targets.support_logprobs_N), [0.625, 0.25, 0.125], rtol=1e-6)
+    assert report.mass_dropped == pytest.approx(0.2)
+
+
+def test_shared_vocabulary_is_what_both_tokenizers_and_the_head_have(tokenizer: PreTrainedTokenizerFast) -> None:
+    n = len(tokenizer)
+    assert shared_vocabulary(tokenizer, None, n + 64) == StudentVocabulary(n)
+    assert shared_vocabulary(tokenizer, None, n - 5) == StudentVocabulary(n - 5)
+    assert shared_vocabulary(tokenizer, tiny.train_tokenizer(vocab_size=300), n) == StudentVocabulary(300)
+    with pytest.raises(TrainingError, match="share no token id"):
+        shared_vocabulary(tokenizer, None, 0)

@@ -1,0 +1,135 @@
+"""Shards captured for real: reuse by row key, whole files, failures that lose nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas
+import polars
+import pyarrow.parquet as pq
+import pytest
+
+from distill_assets.foundation.errors import CaptureError, ShardError
+from distill_assets.foundation.progress import Progress
+from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
+from distill_assets.teacher_capture.store import FOOTER, read_capture, read_rows
+from tests import tiny
+from tests.bench import Bench
+
+
+def capture(bench: Bench, key: str, **options: object) -> CaptureReport:
+    return capture_shard(bench.spec, bench.shards[key], bench.store, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def rewrite(bench: Bench, key: str, rows: list[dict[str, str]]) -> None:
+    tiny.write_jsonl(bench.home.root / "shards" / f"{key}.jsonl", rows)
+
+
+def test_a_capture_reads_back_as_it_was_described(bench: Bench) -> None:
+    seen: list[Progress] = []
+    report = capture(bench, "s0", on_progress=seen.append)
+    stats = report.capture.stats
+    rows = read_rows(report.capture.path)
+    assert report.written
+    assert [row.row for row in rows] == list(range(6))
+    assert stats.rows == stats.rows_captured == 6
+    assert stats.tokens == sum(len(row.input_ids) for row in rows)
+    assert stats.supervised_tokens == sum(row.targets.n_positions for row in rows)
+    gold = np.concatenate([row.targets.gold_logprob_P for row in rows]).astype(np.float64)
+    assert stats.teacher_perplexity == pytest.approx(np.exp(-gold.mean()), rel=2e-3)  # float16 on disk
+    mass = np.concatenate([row.targets.kept_mass_P() for row in rows])
+    assert stats.mean_kept_mass == pytest.approx(mass.mean(), abs=0.03)  # 1/16-nat steps on disk
+    assert seen[-1].done == seen[-1].total == stats.tokens_captured == stats.tokens
+    footer = json.loads(pq.read_metadata(report.capture.path).metadata[FOOTER])
+    assert footer["format_version"] == 1 and "token t+1" in footer["position"]
+    assert list(bench.home.captures.rglob("*")) == [report.capture.path.parent, report.capture.path]
+
+
+def test_plain_tools_read_the_file(bench: Bench) -> None:
+    path = capture(bench, "s0").capture.path
+    ours = read_rows(path)[0]
+    first = polars.read_parquet(path).row(0, named=True)
+    assert first["input_ids"] == ours.input_ids.tolist()
+    assert [len(ids) for ids in first["support_ids"]] == ours.targets.kept_P.tolist()
+    assert pandas.read_parquet(path).loc[0, "positions"].tolist() == ours.targets.positions_P.tolist()
+    (entropy,) = duckdb.sql(f"SELECT entropy FROM '{path}' LIMIT 1").fetchall()[0]
+    assert entropy == pytest.approx(ours.targets.entropy_P.tolist())
+
+
+def test_exact_precision_keeps_float32(home: Path, teacher_folder: Path) -> None:
+    tiny.make_home(home, teacher_folder, targets={"precision": "exact", "k": 320})
+    bench = Bench(home)
+    for row in read_rows(capture(bench, "s0").capture.path):
+        assert np.abs(row.targets.log_total_mass_P()).max() < 1e-5  # k = V: nothing lost, nothing rounded
+        assert np.isneginf(row.targets.tail_logprob_P).all()
+
+
+def test_a_current_capture_is_not_made_again(bench: Bench) -> None:
+    first = capture(bench, "s0").capture
+    before = first.path.stat()
+    again = capture(bench, "s0")
+    assert not again.written and again.capture == first and first.path.stat() == before
+    assert capture(bench, "s0", force=True).capture.stats.rows_captured == 6
+
+
+def test_only_new_rows_see_the_teacher(bench: Bench) -> None:
+    capture(bench, "s0")
+    rows = tiny.example_rows(6)
+    rewrite(bench, "s0", [*reversed(rows), *tiny.example_rows(2, start=50)])
+    report = capture(bench, "s0")
+    assert (report.capture.stats.rows_captured, report.capture.stats.rows_reused) == (2, 6)
+    rewrite(bench, "renamed", rows)
+    moved = capture(bench, "renamed")
+    assert (moved.capture.stats.rows_captured, moved.capture.stats.rows_reused) == (0, 6)
+    assert moved.capture.stats.tokens_per_second is None
+
+
+def test_reused_rows_equal_captured_rows(bench: Bench) -> None:
+    original = {row.key: row for row in read_rows(capture(bench, "s0").capture.path)}
+    rewrite(bench, "s0", list(reversed(tiny.example_rows(6))))
+    for row in read_rows(capture(bench, "s0").capture.path):
+        before = original[row.key].targets
+        for name in ("positions_P", "support_ids_N", "support_logprobs_N", "tail_logprob_P", "entropy_P"):
+            assert np.array_equal(getattr(row.targets, name), getattr(before, name))
+
+
+def test_repeated_rows_are_scored_once(bench: Bench) -> None:
+    rewrite(bench, "s0", tiny.example_rows(2) * 3)
+    stats = capture(bench, "s0").capture.stats
+    assert (stats.rows, stats.rows_captured, stats.rows_reused) == (6, 2, 4)
+
+
+def test_a_failure_is_remembered_and_leaves_the_old_capture(bench: Bench) -> None:
+    old = capture(bench, "s0").capture
+    (bench.home.root / "shards" / "s0.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n')
+    shard = bench.shards["s0"]
+    with pytest.raises(ShardError, match="line 2"):
+        capture(bench, "s0")
+    assert "line 2" in (bench.store.failure(bench.spec.capture_id, "s0", shard.version) or "")
+    assert read_capture(old.path) == old
+    rewrite(bench, "s0", tiny.example_rows(1))
+    capture(bench, "s0")
+
+
+def test_damaged_captures_say_so(bench: Bench) -> None:
+    path = capture(bench, "s0").capture.path
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CaptureError, match=r"damaged.*delete it"):
+        read_rows(path)
+    with pytest.raises(CaptureError, match=r"damaged.*delete it"):
+        capture(bench, "s0")
+    path.unlink()
+    assert capture(bench, "s0").written
+
+
+def test_an_interrupt_leaves_nothing_half_written(bench: Bench) -> None:
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(bench, "s0", on_progress=interrupt)
+    assert [p for p in bench.home.captures.rglob("*") if p.is_file()] == []
+    assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None

@@ -1,0 +1,45 @@
+"""The JSONL read with nothing but the standard library agrees with the Parquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.interchange import export_jsonl
+from distill_assets.teacher_capture.store import read_rows
+from tests.bench import Bench
+
+
+def test_export_is_aligned_with_the_tokens(bench: Bench, tmp_path: Path) -> None:
+    captures = [capture_shard(bench.spec, bench.shards[key], bench.store, device="cpu").capture for key in ("s0", "s1")]
+    out = tmp_path / "teacher_capture.jsonl"
+    assert export_jsonl(captures, out) == 12
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    rows = [row for capture in captures for row in read_rows(capture.path)]
+    for line, row in zip(lines, rows, strict=True):
+        n = len(line["input_ids"])
+        assert line["input_ids"] == row.input_ids.tolist()
+        for name in ("topk_ids", "topk_logprobs", "tail_logprob", "gold_logprob", "entropy", "loss_mask"):
+            assert len(line[name]) == n
+        scored = [t for t in range(n) if line["topk_ids"][t]]
+        assert scored == row.targets.positions_P.tolist() and line["topk_ids"][-1] == []
+        assert [t + 1 for t in scored] == [t for t in range(n) if line["loss_mask"][t]]
+        for p, t in enumerate(scored):
+            part = slice(row.targets.offsets_P1[p], row.targets.offsets_P1[p + 1])
+            assert line["topk_ids"][t] == row.targets.support_ids_N[part].tolist()
+            assert line["topk_logprobs"][t] == row.targets.support_logprobs_N[part].tolist()
+            assert line["gold_logprob"][t] == pytest.approx(row.targets.gold_logprob_P[p])
+
+
+def test_a_failed_export_leaves_the_old_file(bench: Bench, tmp_path: Path) -> None:
+    capture = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    out = tmp_path / "out.jsonl"
+    export_jsonl([capture], out)
+    before = out.read_bytes()
+    capture.path.unlink()
+    with pytest.raises(Exception, match="damaged or unreadable"):
+        export_jsonl([capture], out)
+    assert out.read_bytes() == before and [p.name for p in tmp_path.glob("*out*")] == ["out.jsonl"]

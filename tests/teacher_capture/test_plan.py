@@ -1,0 +1,83 @@
+"""States of shards: the first that applies of failed, new, settings_changed, changed, removed, current."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from distill_assets.dataset_shards.discover import discover_shards
+from distill_assets.foundation.errors import ShardError
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
+from tests import tiny
+from tests.bench import Bench
+
+
+def plan(bench: Bench, catalogued: tuple[str, ...] = ()) -> dict[str, ShardPlan]:
+    discovery = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
+    return {p.shard: p for p in plan_capture(bench.spec, discovery, bench.store, catalogued).shards}
+
+
+def capture_all(bench: Bench) -> None:
+    for shard in bench.shards.values():
+        capture_shard(bench.spec, shard, bench.store, device="cpu")
+
+
+def states(bench: Bench, *catalogued: str) -> dict[str, str]:
+    return {key: p.state for key, p in plan(bench, catalogued).items()}
+
+
+def test_from_new_to_current(bench: Bench) -> None:
+    assert set(states(bench).values()) == {"new"}
+    first = plan(bench)["s0"]
+    assert (first.rows, first.rows_to_capture, first.estimated_seconds) == (6, 6, None)
+    capture_all(bench)
+    assert set(states(bench).values()) == {"current"}
+    assert all(p.rows_to_capture == p.tokens_to_capture == 0 for p in plan(bench).values())
+
+
+def test_touching_is_nothing_changing_is_counted_in_rows(bench: Bench) -> None:
+    capture_all(bench)
+    shard = bench.home.root / "shards" / "s1.jsonl"
+    os.utime(shard, (1, 1))
+    assert states(bench)["s1"] == "current"
+    shard.write_text(shard.read_text().replace("Question 100", "Question one hundred"))
+    changed = plan(bench)["s1"]
+    assert (changed.state, changed.rows, changed.rows_to_capture) == ("changed", 6, 1)
+    assert changed.estimated_bytes and changed.estimated_seconds is not None
+
+
+def test_white_space_is_a_change_without_rows(bench: Bench) -> None:
+    capture_all(bench)
+    shard = bench.home.root / "shards" / "s1.jsonl"
+    shard.write_text(shard.read_text().replace('{"prompt"', '{  "prompt"'))
+    assert (plan(bench)["s1"].state, plan(bench)["s1"].rows_to_capture) == ("changed", 0)
+
+
+def test_settings_and_back(bench: Bench) -> None:
+    capture_all(bench)
+    settings = bench.home.settings_file.read_text()
+    bench.home.settings_file.write_text(settings.replace("k: 8", "k: 4"))
+    assert set(states(bench).values()) == {"settings_changed"}
+    bench.home.settings_file.write_text(settings)
+    assert set(states(bench).values()) == {"current"}
+
+
+def test_a_renamed_file_is_removed_and_new_without_rows(bench: Bench) -> None:
+    capture_all(bench)
+    folder = bench.home.root / "shards"
+    (folder / "s2.jsonl").rename(folder / "z.jsonl")
+    found = plan(bench, ("s0", "s1", "s2", "heldout"))
+    assert (found["s2"].state, found["z"].state, found["z"].rows_to_capture) == ("removed", "new", 0)
+
+
+def test_what_cannot_be_read_or_failed_before_is_failed(bench: Bench) -> None:
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [{"nothing": 1}])
+    assert states(bench)["s0"] == "failed"
+    with pytest.raises(ShardError):
+        capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu")
+    (bench.home.root / "shards" / "s1.parquet").write_bytes(b"collides with s1.jsonl")
+    found = plan(bench)
+    assert found["s0"].state == found["s1"].state == "failed"
+    assert "s1.parquet" in found["s1"].reason and "s1.jsonl" in found["s1"].reason

@@ -1,0 +1,61 @@
+"""The stored distribution read back: one log-sum-exp over the K+1 values, rounding included."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill_assets.teacher_capture.sparse_targets import SparseTargets, decode_logprobs, encode_logprobs
+
+
+def targets(support: list[list[float]], tails: list[float]) -> SparseTargets:
+    """Positions with these support probabilities and tail probabilities."""
+    kept = [len(p) for p in support]
+    flat = np.log(np.array([p for position in support for p in position], dtype=np.float32))
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.array(tails, dtype=np.float32))
+    n = len(support)
+    return SparseTargets(
+        positions_P=np.arange(n, dtype=np.int32),
+        offsets_P1=np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
+        support_ids_N=np.arange(len(flat), dtype=np.int32),
+        support_logprobs_N=flat,
+        tail_logprob_P=tail,
+        gold_logprob_P=np.zeros(n, dtype=np.float32),
+        entropy_P=np.zeros(n, dtype=np.float32),
+    )
+
+
+def test_normalized_sums_to_one_whatever_rounding_did() -> None:
+    rounded = targets([[0.6, 0.3], [0.5]], [0.12, 0.49])  # sums 1.02 and 0.99
+    normal = rounded.normalized()
+    first = np.exp(normal.support_logprobs_N[:2]).sum() + np.exp(normal.tail_logprob_P[0])
+    second = np.exp(normal.support_logprobs_N[2]) + np.exp(normal.tail_logprob_P[1])
+    assert np.allclose([first, second], 1.0, atol=1e-6)
+    assert np.isclose(np.exp(normal.support_logprobs_N[0]), 0.6 / 1.02, atol=1e-6)
+    assert np.allclose(rounded.kept_mass_P(), [0.9 / 1.02, 0.5 / 0.99], atol=1e-6)
+
+
+def test_no_tail_contributes_nothing() -> None:
+    whole = targets([[0.5, 0.25, 0.25]], [0.0])
+    assert np.isneginf(whole.normalized().tail_logprob_P[0])
+    assert whole.kept_mass_P()[0] == 1.0
+
+
+def test_padded_marks_empty_slots_with_minus_infinity() -> None:
+    ids_PK, logprobs_PK = targets([[0.6, 0.3], [0.5]], [0.1, 0.5]).padded(3)
+    assert ids_PK.tolist() == [[0, 1, 0], [2, 0, 0]]
+    assert np.isneginf(logprobs_PK).tolist() == [[False, False, True], [False, True, True]]
+
+
+@given(st.lists(st.floats(min_value=-15.875, max_value=0.0, width=32), min_size=1))
+def test_compact_code_is_within_half_a_step(values: list[float]) -> None:
+    logprobs = np.array(values, dtype=np.float32)
+    assert np.abs(decode_logprobs(encode_logprobs(logprobs)) - logprobs).max() <= 1 / 32 + 1e-6
+
+
+def test_compact_code_saturates_and_is_stable() -> None:
+    assert encode_logprobs(np.array([-40.0, 0.0], dtype=np.float32)).tolist() == [255, 0]
+    every = np.arange(256, dtype=np.uint8)
+    assert (encode_logprobs(decode_logprobs(every)) == every).all()  # reused rows are written again without loss
