@@ -14,7 +14,7 @@ from distill_assets.tokenizer_compatibility.report import Probe, TokenDifference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MERGES_TRIED = 500  # differing merges whose text is tried as a probe
+_TRIED = 500  # differing ids and merges whose text is tried as a probe
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,16 @@ class Pair:
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """The corpus, every added token of either side in context, and texts made from differing merges."""
+        """The corpus, added tokens of either side in context, and the texts of differing ids and merges."""
         added = {
             token.content
             for side in (self.teacher, self.student)
             for token in side.tokenizer.added_tokens_decoder.values()
         }
-        merged = [self._plain(left + right) for left, right in self.differing_merges[:_MERGES_TRIED]]
-        return tuple(dict.fromkeys([*PROBES, *self.extra_probes, *in_context(sorted(added)), *merged]))
+        suspects = [self.teacher.tokens[i] for i in self.conflicts[:_TRIED]]
+        suspects += [left + right for left, right in self.differing_merges[:_TRIED]]
+        plain = [str(self.teacher.tokenizer.convert_tokens_to_string([token])) for token in suspects]
+        return tuple(dict.fromkeys([*PROBES, *self.extra_probes, *in_context(sorted(added)), *plain]))
 
     @cached_property
     def differing_merges(self) -> list[list[str]]:
@@ -112,9 +114,6 @@ class Pair:
         shared = min(len(teacher), len(student))
         differing = [merge for two in zip(teacher, student, strict=False) if two[0] != two[1] for merge in two]
         return [*differing, *teacher[shared:], *student[shared:]]
-
-    def _plain(self, token: str) -> str:
-        return str(self.teacher.tokenizer.convert_tokens_to_string([token]))
 
     def _differs(self, text: str) -> bool:
         [teacher], [student] = self.teacher.encode([text]), self.student.encode([text])
