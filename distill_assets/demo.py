@@ -52,7 +52,7 @@ SETTINGS = Settings(
     student=StudentSettings(from_teacher_layers=[0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29]),
     data=DataSettings(shards="shards/*.jsonl", max_length=256),
     targets=TargetSettings(k=64, min_probability=0.002),
-    training=TrainingSettings(epochs=2, learning_rate=5.0e-4, batch_tokens=1024, freeze_embeddings=True),
+    training=TrainingSettings(epochs=2, learning_rate=1.0e-3, batch_tokens=512, freeze_embeddings=True),
 )
 
 # Shard -> what it is cut from: help topics by first letter, docstrings by standard module.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distill_assets.orchestration.bring_up_to_date import RunReport
     from distill_assets.orchestration.status import HomeStatus
     from distill_assets.teacher_capture.plan import CapturePlan
-    from distill_assets.tokenizer_compatibility.report import TokenizerReport
+    from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
 PIPED_WIDTH = 160  # a table in a file or pipe is not squeezed into 80 columns
 

@@ -118,6 +118,9 @@ def test_init_makes_a_home_once(tmp_path: Path, teacher_folder: Path) -> None:
     assert Path(answer("init", root, "--teacher", teacher_folder)["home"]) == root
     assert "# " in (root / "distill.yaml").read_text()
     assert "is a home already" in refusal("init", root)
+    assert "data.max_length is 2048, but" in refusal("run", home=root)
+    file = root / "distill.yaml"
+    file.write_text(file.read_text().replace("max_length: 2048", "max_length: 64"))
     assert "there are no shards" in refusal("run", home=root)
 
 
@@ -177,6 +180,25 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, teacher_folder: Path) ->
     assert kept and not list((root / "captures").rglob(".partial*"))
     planned = answer("plan", home=root)["shards"]
     assert sum(p["state"] == "current" for p in planned) == len(kept) < 41
+
+
+def test_ctrl_c_in_training_leaves_no_student(tmp_path: Path, teacher_folder: Path) -> None:
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=1, rows=40, training={"epochs": 5000})
+    process = subprocess.Popen(
+        [*DISTILL, "run", "--device", "cpu", "--home", str(root)], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "student_model" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted" in rest and "Traceback" not in rest
+    assert not list((root / "students").glob("*"))
+    assert {p["state"] for p in answer("plan", home=root)["shards"]} == {"current"}
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -184,11 +184,15 @@ def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
     return EncodedShard(tuple(rows), tuple(bad_rows), n_without_target, sum(row.truncated for row in rows))
 
 
+def describe_bad_row(shard: Shard, bad: BadRow) -> str:
+    """`line 17: prompt without completion`; Parquet has rows, not lines."""
+    return f"{'row' if shard.path.suffix == '.parquet' else 'line'} {bad.line}: {bad.reason}"
+
+
 def _bad_row_message(shard: Shard, bad_rows: Sequence[BadRow]) -> str:
-    unit = "row" if shard.path.suffix == ".parquet" else "line"
-    first, more = bad_rows[0], len(bad_rows) - 1
+    more = len(bad_rows) - 1
     others = f" (and {more} more bad {'row' if more == 1 else 'rows'})" if more else ""
     return (
-        f"shard {shard.key} ({shard.path}) {unit} {first.line}: {first.reason}{others}; "
+        f"shard {shard.key} ({shard.path}) {describe_bad_row(shard, bad_rows[0])}{others}; "
         "mend it, or set data.on_bad_row: skip"
     )

@@ -40,7 +40,7 @@ class CaptureConfig(DeviceConfig):
 )
 def dataset_shards(context: dg.OpExecutionContext) -> dg.DataVersionsByPartition:
     states = AssetStates(Pipeline(find_home()))
-    keys = [shard.key for shard in states.pipeline.discovery.shards]
+    keys = states.pipeline.shards.keys()
     sync_partitions(context.instance, set(keys))
     return dg.DataVersionsByPartition({key: states.capture_version(key) for key in keys})
 

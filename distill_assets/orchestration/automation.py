@@ -37,7 +37,7 @@ def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
     def watch(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
             states = AssetStates(Pipeline(find_home()))
-            shards = {shard.key: states.capture_version(shard.key) for shard in states.pipeline.discovery.shards}
+            shards = {key: states.capture_version(key) for key in states.pipeline.shards}
         except DistillError as error:
             return dg.SkipReason(str(error))
         seen = json.loads(context.cursor) if context.cursor else {}

@@ -192,16 +192,19 @@ class _Walk:
 
     def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> None:
         config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
-        self.job.execute_in_process(
-            instance=self.instance,
-            asset_selection=[dg.AssetKey(asset)],
-            partition_key=partition,
-            run_config={
-                "ops": {asset: {"config": config}} if config else {},
-                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-            },
-            tags=process_tags() | ({"distill/why": why} if why else {}),
-        )
+        try:
+            self.job.execute_in_process(
+                instance=self.instance,
+                asset_selection=[dg.AssetKey(asset)],
+                partition_key=partition,
+                run_config={
+                    "ops": {asset: {"config": config}} if config else {},
+                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                },
+                tags=process_tags() | ({"distill/why": why} if why else {}),
+            )
+        except dg.DagsterExecutionInterruptedError:  # Dagster's own word for Ctrl-C inside a run
+            raise KeyboardInterrupt from None
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
 
     def _report_students(self) -> None:

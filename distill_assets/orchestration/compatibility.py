@@ -10,10 +10,13 @@ from distill_assets.foundation.language_model import load_tokenizer
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.settings import Settings
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.tokenizer_compatibility.compare import compare_tokenizers, inherited_report
-from distill_assets.tokenizer_compatibility.sides import TokenizerSide
+from distill_assets.tokenizer_compatibility.compare import (
+    TokenizerReport,
+    TokenizerSide,
+    compare_tokenizers,
+    inherited_report,
+)
 from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
-from distill_assets.tokenizer_compatibility.report import TokenizerReport
 
 CHECK_VERSION = 1  # part of a verdict's identity: raised when a verdict would come out differently
 

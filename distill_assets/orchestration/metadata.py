@@ -12,7 +12,7 @@ from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMA
 from distill_assets.student_model.saving import StudentRecord
 from distill_assets.teacher_capture.capture import CaptureReport
 from distill_assets.teacher_capture.store import Capture
-from distill_assets.tokenizer_compatibility.report import TokenizerReport
+from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
 

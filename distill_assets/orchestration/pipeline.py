@@ -20,7 +20,7 @@ from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
 from distill_assets.teacher_capture.plan import CapturePlan, plan_capture
 from distill_assets.teacher_capture.store import Capture, CaptureStore
-from distill_assets.tokenizer_compatibility.report import TokenizerReport, require_compatible
+from distill_assets.tokenizer_compatibility.compare import TokenizerReport, require_compatible
 
 
 class Pipeline:
@@ -44,6 +44,11 @@ class Pipeline:
         discovery = discover_shards(self.home.root, self.settings.data, self.hashes)
         self.hashes.save()
         return discovery
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        """Usable shards by key."""
+        return {shard.key: shard for shard in self.discovery.shards}
 
     @cached_property
     def student_folder(self) -> ModelFolder | None:
@@ -78,9 +83,8 @@ class Pipeline:
 
     def shard(self, key: str) -> Shard:
         """The shard with this key; CaptureError when there is none, or its file cannot be used."""
-        for shard in self.discovery.shards:
-            if shard.key == key:
-                return shard
+        if key in self.shards:
+            return self.shards[key]
         for problem in self.discovery.problems:
             if problem.key == key:
                 raise CaptureError(problem.message)

@@ -16,7 +16,7 @@ from distill_assets.orchestration.states import AssetStates
 
 def observe_shards(instance: dg.DagsterInstance, states: AssetStates) -> None:
     """Register the shards as partitions and record an observation for each that changed."""
-    versions = {shard.key: states.capture_version(shard.key) for shard in states.pipeline.discovery.shards}
+    versions = {key: states.capture_version(key) for key in states.pipeline.shards}
     sync_partitions(instance, set(versions))
     seen = recorded_versions(instance, "dataset_shards", DagsterEventType.ASSET_OBSERVATION)
     for key, version in versions.items():

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, encode_shard
+from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.reuse import captured_targets
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore, CaptureWriter, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, load_teacher
@@ -68,8 +69,7 @@ def _capture(
 ) -> CaptureReport:
     name = (spec.capture_id, shard.key, shard.version)
     encoded = encode_shard(shard, spec.encoder)
-    held = {} if force else store.rows_by_key(spec.capture_id, {row.key for row in encoded.rows})
-    known = {key: captured.targets for key, captured in store.read_by_key(held).items()}
+    known = {} if force else captured_targets(store, spec.capture_id, {row.key for row in encoded.rows})
     new = [row for row in encoded.rows if row.key not in known]
     teacher = None
     if new:
@@ -91,7 +91,7 @@ def _capture(
     return CaptureReport(
         read_capture(store.path_of(*name)),
         written=True,
-        bad_rows=tuple(f"line {bad.line}: {bad.reason}" for bad in encoded.bad_rows),
+        bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows),
     )
 
 

@@ -16,6 +16,7 @@ from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError
 from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.reuse import captured_keys
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 
 State = Literal["failed", "new", "settings_changed", "changed", "removed", "current"]
@@ -46,6 +47,14 @@ class CapturePlan:
 
 
 @dataclass(frozen=True)
+class _History:
+    """Shards captured before: under this identity, and under any."""
+
+    own: Collection[str]
+    any: Collection[str]
+
+
+@dataclass(frozen=True)
 class _Experience:
     """What earlier captures cost, to estimate from."""
 
@@ -61,6 +70,10 @@ def plan_capture(
     Only shards that are not current are read and encoded.
     """
     experience = _experience(spec, store)
+    history = _History(
+        own=store.known_shards(spec.capture_id),
+        any={shard for capture_id in store.capture_ids() for shard in store.known_shards(capture_id)},
+    )
     plans: list[ShardPlan] = []
     todo: list[Shard] = []
     problems: list[str] = []
@@ -68,7 +81,7 @@ def plan_capture(
         plans.append(ShardPlan(problem.key, "failed", problem.message, None, 0, 0))
         problems.append(problem.message)
     for shard in discovery.shards:
-        plan = _plan_shard(spec, shard, store, experience)
+        plan = _plan_shard(spec, shard, store, history, experience)
         plans.append(plan)
         if plan.state != "current":
             todo.append(shard)
@@ -80,18 +93,20 @@ def plan_capture(
     return CapturePlan(spec.capture_id, tuple(sorted(plans, key=lambda p: p.shard)), tuple(todo), tuple(problems))
 
 
-def _plan_shard(spec: CaptureSpec, shard: Shard, store: CaptureStore, experience: _Experience) -> ShardPlan:
+def _plan_shard(
+    spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History, experience: _Experience
+) -> ShardPlan:
     try:
         if current := store.find(spec.capture_id, shard.key, shard.version):
             return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
     except CaptureError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
-    state, reason = _why(spec, shard, store)
+    state, reason = _why(spec, shard, store, history)
     try:
         rows = encode_shard(shard, spec.encoder).rows
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
-    held = store.rows_by_key(spec.capture_id, {row.key for row in rows})
+    held = captured_keys(store, spec.capture_id, {row.key for row in rows})
     new = {row.key: row for row in rows if row.key not in held}
     tokens = sum(len(row.input_ids) for row in new.values())
     all_tokens = sum(len(row.input_ids) for row in rows)
@@ -107,12 +122,12 @@ def _plan_shard(spec: CaptureSpec, shard: Shard, store: CaptureStore, experience
     )
 
 
-def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> tuple[State, str]:
+def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History) -> tuple[State, str]:
     if message := store.failure(spec.capture_id, shard.key, shard.version):
         return "failed", message
-    if not store.knows(shard.key):
+    if shard.key not in history.any:
         return "new", "never captured"
-    if not store.knows(shard.key, spec.capture_id):
+    if shard.key not in history.own:
         return "settings_changed", f"captured before, but not under capture {spec.capture_id}"
     return "changed", "the content is not what was captured"
 

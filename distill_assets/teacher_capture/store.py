@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as package_version
@@ -126,13 +126,6 @@ def read_row_keys(path: Path) -> list[RowKey]:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
-def _keys_to_reuse(path: Path) -> set[str]:
-    try:
-        return {row.key for row in read_row_keys(path)}
-    except CaptureError:
-        return set()  # a damaged file offers nothing to reuse; whoever needs the file itself hears of it
-
-
 class StatsMeter:
     """Sums what `CaptureStats` needs, row by row, in float64."""
 
@@ -224,29 +217,9 @@ class CaptureStore:
         path = self.path_of(capture_id, shard, version)
         return read_capture(path) if path.exists() else None
 
-    def knows(self, shard: str, capture_id: str | None = None) -> bool:
-        """Whether any version of `shard` was captured (under `capture_id`, or under any)."""
-        identities = self.capture_ids() if capture_id is None else [capture_id]
-        return any(name == shard for identity in identities for name, _ in self.files(identity))
-
-    def rows_by_key(self, capture_id: str, wanted: Collection[str]) -> dict[str, Path]:
-        """For each wanted row key already captured under this identity, a file that holds it."""
-        missing = set(wanted)
-        found: dict[str, Path] = {}
-        for path in self.files(capture_id).values():
-            if not missing:
-                break
-            here = missing & _keys_to_reuse(path)
-            found.update(dict.fromkeys(here, path))
-            missing -= here
-        return found
-
-    def read_by_key(self, holders: Mapping[str, Path]) -> dict[str, CapturedRow]:
-        """The captured rows of `rows_by_key`'s answer."""
-        rows: dict[str, CapturedRow] = {}
-        for path in set(holders.values()):
-            rows.update({row.key: row for row in read_rows(path) if holders.get(row.key) == path})
-        return rows
+    def known_shards(self, capture_id: str) -> set[str]:
+        """Shards of which any version was captured under this identity."""
+        return {shard for shard, _ in self.files(capture_id)}
 
     @contextmanager
     def writing(self, capture_id: str, shard: str, version: str, precision: str) -> Iterator[CaptureWriter]:
