@@ -29,15 +29,18 @@ def forward_kl_tail_bucket(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tenso
     first_N1 = ids_NK.gather(1, kept_NK.to(torch.int8).argmax(-1, keepdim=True))
     ids_NK = torch.where(kept_NK, ids_NK, first_N1)  # an empty slot repeats a kept id, so it masks nothing of its own
 
-    log_z_N = logits_NV.logsumexp(-1)
-    log_q_NK = logits_NV.gather(1, ids_NK) - log_z_N[:, None]
+    # Support and complement are summed apart and joined: one pass over the vocabulary gives both Q and the whole.
+    inside_NV = torch.zeros_like(logits_NV, dtype=torch.bool).scatter_(1, ids_NK, some_N1.expand_as(ids_NK))
+    log_outside_N = logits_NV.masked_fill(inside_NV, NEVER).logsumexp(-1)
+    kept_logits_NK = logits_NV.gather(1, ids_NK)
+    log_z_N = torch.logaddexp(kept_logits_NK.masked_fill(~kept_NK, NEVER).logsumexp(-1), log_outside_N)
+    log_q_NK = kept_logits_NK - log_z_N[:, None]
     # Masks come before arithmetic: an -inf that reaches a product gives NaN gradients.
     logprobs_NK = logprobs_NK.masked_fill(~kept_NK, 0.0)
     p_NK = logprobs_NK.exp() * kept_NK
     support_N = (p_NK * (logprobs_NK - log_q_NK)).sum(-1)
 
-    inside_NV = torch.zeros_like(logits_NV, dtype=torch.bool).scatter_(1, ids_NK, some_N1.expand_as(ids_NK))
-    log_tail_q_N = logits_NV.masked_fill(inside_NV, NEVER).logsumexp(-1) - log_z_N
+    log_tail_q_N = log_outside_N - log_z_N
     tailed_N = tail_logprob_N > -torch.inf
     tail_logprob_N = tail_logprob_N.masked_fill(~tailed_N, 0.0)
     return support_N + tail_logprob_N.exp() * tailed_N * (tail_logprob_N - log_tail_q_N)
