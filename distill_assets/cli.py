@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+TYPER_INTERRUPTED = 130  # Typer turns Ctrl-C into this exit
 EXAMPLE_TEACHER = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 EXAMPLE_STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -64,8 +65,10 @@ def main() -> None:
         app()
     except DistillError as error:
         _fail(error, str(error), error.exit_code, debug, as_json)
-    except KeyboardInterrupt as error:
-        _fail(error, "interrupted; what was finished is kept, the same command goes on from there", 1, debug, as_json)
+    except SystemExit as exit_:
+        if exit_.code != TYPER_INTERRUPTED:
+            raise
+        _fail(exit_, "interrupted; what was finished is kept, the same command goes on from there", 1, debug, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, teacher_folder: Path) ->
         [*DISTILL, "run", "--device", "cpu", "--home", str(root)], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not list((root / "captures").rglob("*@*.parquet")):
+    while not list((root / "captures").rglob("[!.]*@*.parquet")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ from distill_assets.foundation.errors import CaptureError, DistillError, StaleIn
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration import records
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, process_tags
+from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.partitions import recorded_version
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
@@ -83,10 +84,10 @@ def bring_up_to_date(
     if only is not None and shards:
         raise UsageError("give --shard or --only, not both")
     started = time.monotonic()
-    with open_instance(home) as instance:
+    with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
         for run_id in close_dead_runs(instance):
             on_step(f"closed run {run_id[:8]}, whose process was gone")
-        walk = _Walk(definitions, instance, Pipeline(home, rehash=rehash), device, force, on_step)
+        walk = _Walk(definitions, instance, Pipeline(home, rehash=rehash), device, force, on_step, check_interrupt)
         if only is not None:
             walk.only(only)
         else:
@@ -106,10 +107,12 @@ class _Walk:
         device: str,
         force: bool,
         on_step: StepListener,
+        check_interrupt: Callable[[], None],
     ) -> None:
         self.job = definitions.resolve_implicit_global_asset_job_def()
         self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
         self.device, self.force, self.on_step = device, force, on_step
+        self.check_interrupt = check_interrupt
         self.report = RunReport()
 
     def everything(self, shards: Sequence[str]) -> None:
@@ -205,6 +208,8 @@ class _Walk:
             )
         except dg.DagsterExecutionInterruptedError:  # Dagster's own word for Ctrl-C inside a run
             raise KeyboardInterrupt from None
+        finally:
+            self.check_interrupt()
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
 
     def _report_students(self) -> None:
