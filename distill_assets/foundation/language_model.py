@@ -123,6 +123,15 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in range(max(used) + 1) if i not in used]
 
 
+def forward_batch_tokens(device: torch.device) -> int:
+    """Padded tokens in one forward pass without gradients, unless somebody says otherwise.
+
+    A CPU is fastest while activations stay in its caches (SmolLM2-135M on two cores: 507 tokens/s
+    with 512, 344 with 4096); a GPU wants to be filled.
+    """
+    return 512 if device.type == "cpu" else 8192
+
+
 def head_width(model: PreTrainedModel) -> int:
     """W: rows of the output head."""
     return int(model.get_output_embeddings().weight.shape[0])

@@ -11,7 +11,6 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
 from distill_assets.orchestration.states import OFF, AssetStates
 from distill_assets.student_model.identity import StudentKind
-from distill_assets.teacher_capture.capture import BATCH_TOKENS
 
 CODE_VERSION = "1"
 OWNERS = ["team:distillation"]
@@ -28,7 +27,7 @@ class DeviceConfig(dg.Config):
 class CaptureConfig(DeviceConfig):
     """How the teacher is run."""
 
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None  # padded tokens in one forward pass; None: what suits the device
 
 
 @dg.observable_source_asset(

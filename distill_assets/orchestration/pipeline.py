@@ -91,7 +91,13 @@ class Pipeline:
         raise CaptureError(f"shard {key}: no file for it in {self.home.root}; put it back, or forget the partition")
 
     def capture(
-        self, key: str, *, device: str, batch_tokens: int, force: bool, on_progress: ProgressListener = ignore_progress
+        self,
+        key: str,
+        *,
+        device: str,
+        batch_tokens: int | None,
+        force: bool,
+        on_progress: ProgressListener = ignore_progress,
     ) -> CaptureReport:
         """Make one shard's capture current. The tokenizer guard comes before the teacher."""
         self.require_compatible()

@@ -53,7 +53,6 @@ def evaluate(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     vocabulary: StudentVocabulary,
     *,
-    batch_tokens: int = 8192,
     on_progress: ProgressListener = ignore_progress,
 ) -> Evaluation:
     """Score each model on the held-out rows and compare.
@@ -71,9 +70,7 @@ def evaluate(
             "there are no held-out rows to evaluate on; add a shard whose name matches data.heldout in distill.yaml "
             "(heldout.jsonl by default), or name an existing shard there"
         )
-    scores = {
-        name: _load_and_score(load, rows, vocabulary, name, batch_tokens, on_progress) for name, load in models.items()
-    }
+    scores = {name: _load_and_score(load, rows, vocabulary, name, on_progress) for name, load in models.items()}
     table = PositionTable.of(rows, scores)
     return Evaluation(
         overall=table.scope("all held-out rows", np.ones(len(rows), dtype=bool)),
@@ -108,11 +105,10 @@ def _load_and_score(
     rows: Sequence[CapturedRow],
     vocabulary: StudentVocabulary,
     name: str,
-    batch_tokens: int,
     on_progress: ProgressListener,
 ) -> PositionScores:
     model = load()
-    scores = score_model(model, rows, vocabulary, name=name, batch_tokens=batch_tokens, on_progress=on_progress)
+    scores = score_model(model, rows, vocabulary, name=name, on_progress=on_progress)
     del model
     gc.collect()  # before the device's cache is emptied, which gives back only what nothing holds
     if torch.cuda.is_available():

@@ -20,7 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill_assets.foundation.errors import IncompatibleTokenizers, TrainingError
-from distill_assets.foundation.language_model import HEAD_ROWS, head_width, hidden_states, real_logits
+from distill_assets.foundation.language_model import (
+    HEAD_ROWS,
+    forward_batch_tokens,
+    head_width,
+    hidden_states,
+    real_logits,
+)
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.student_evaluation.metrics import compare_outcomes
 from distill_assets.student_model.vocabulary import StudentVocabulary
@@ -67,7 +73,7 @@ def score_model(
     vocabulary: StudentVocabulary,
     *,
     name: str = "model",
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     on_progress: ProgressListener = ignore_progress,
 ) -> PositionScores:
     """Score `model`, where it lies and in evaluation mode, on every supervised position of `rows`.
@@ -84,7 +90,9 @@ def score_model(
     parts: list[PositionScores] = []
     order: list[NDArray[np.int64]] = []
     began, done = time.monotonic(), 0
-    for chosen in plan_batches([len(row.input_ids) for row in rows], batch_tokens):
+    for chosen in plan_batches(
+        [len(row.input_ids) for row in rows], batch_tokens or forward_batch_tokens(model.device)
+    ):
         batch_rows = [rows[i] for i in chosen]
         parts.append(_score_batch(model, _pack(batch_rows), vocabulary.n_real, unused))
         _require_finite(parts[-1], batch_rows, name)

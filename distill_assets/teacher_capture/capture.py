@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
+from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
@@ -17,7 +18,6 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTar
 from distill_assets.teacher_capture.store import Capture, CaptureStore, CaptureWriter, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, load_teacher
 
-BATCH_TOKENS = 4096  # padded tokens in one forward pass
 CHUNK_TOKENS = 65_536  # tokens in one row group; what is in memory at once
 
 
@@ -36,7 +36,7 @@ def capture_shard(
     store: CaptureStore,
     *,
     device: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     force: bool = False,
     on_progress: ProgressListener = ignore_progress,
 ) -> CaptureReport:
@@ -63,7 +63,7 @@ def _capture(
     shard: Shard,
     store: CaptureStore,
     device: str,
-    batch_tokens: int,
+    batch_tokens: int | None,
     force: bool,
     on_progress: ProgressListener,
 ) -> CaptureReport:
@@ -107,10 +107,11 @@ def _chunks(rows: Sequence[EncodedRow]) -> Iterator[tuple[int, Sequence[EncodedR
 
 
 def _score(
-    teacher: Teacher | None, rows: Sequence[EncodedRow], spec: CaptureSpec, batch_tokens: int
+    teacher: Teacher | None, rows: Sequence[EncodedRow], spec: CaptureSpec, batch_tokens: int | None
 ) -> Iterator[tuple[str, SparseTargets]]:
     if teacher is not None:
-        for i, targets in score_rows(teacher, rows, spec.targets, batch_tokens):
+        budget = batch_tokens or forward_batch_tokens(teacher.device)
+        for i, targets in score_rows(teacher, rows, spec.targets, budget):
             yield rows[i].key, targets
 
 
