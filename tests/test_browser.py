@@ -28,6 +28,8 @@ ASSETS = (
     "control_student",
     "student_evaluation",
 )
+# Groups are drawn closed; this is what clicking all three open puts into the address.
+EXPANDED = "%2C".join(f"global%40global%3A{group}" for group in ("data", "capture", "students"))
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and os.environ.get("DISTILL_REQUIRE_BROWSER") != "1",
@@ -81,8 +83,8 @@ def test_the_asset_graph_shows_the_seven_assets(web_ui: str) -> None:
     )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1800, "height": 1200})
-        page.goto(f"{web_ui}/asset-groups", wait_until="domcontentloaded")
+        page = browser.new_page(viewport={"width": 2400, "height": 1400})
+        page.goto(f"{web_ui}/asset-groups?expanded={EXPANDED}", wait_until="domcontentloaded")
         for asset in ASSETS:
             expect(page.get_by_text(asset, exact=True).first).to_be_visible(timeout=60_000)
         browser.close()
