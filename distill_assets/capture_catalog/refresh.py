@@ -7,6 +7,7 @@ files are read.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +67,10 @@ def refresh_catalog(
 
     Captures of the store that are not among `entries` are listed as history; `students` is the
     folder of students, whose lineage is read from their own records. One writer at a time: another
-    one waits, so that an older view never replaces a newer one.
+    one waits.
     """
     identity = catalog_identity(catalog.parent, entries)
-    lock = catalog.parent / ".cache" / "catalog.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock), replacing(catalog) as beside:
+    with _writer_lock(catalog), replacing(catalog) as beside:
         connection = duckdb.connect(beside)
         try:
             connection.execute("SET TimeZone = 'UTC'")
@@ -92,6 +91,30 @@ def refresh_catalog(
             connection.close()
             Path(f"{beside}.wal").unlink(missing_ok=True)
     return report
+
+
+def refresh_lineage(catalog: Path, students: Path) -> None:
+    """Bring only the students of an existing catalog up to date; what it says of captures stays.
+
+    A training takes long: whoever trained must not write down the captures it saw when it began.
+    """
+    with _writer_lock(catalog):
+        if not catalog.exists():
+            return
+        with replacing(catalog) as beside:
+            shutil.copyfile(catalog, beside)
+            connection = duckdb.connect(beside)
+            try:
+                connection.execute("DELETE FROM students; DELETE FROM student_captures")
+                _insert_students(connection, read_lineages(students))
+            finally:
+                connection.close()
+
+
+def _writer_lock(catalog: Path) -> FileLock:
+    file = catalog.parent / ".cache" / "catalog.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file)
 
 
 def _history(store: CaptureStore, current: set[str]) -> list[CatalogEntry]:

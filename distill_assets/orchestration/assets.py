@@ -1,5 +1,7 @@
 """The seven assets. Each body is one call between two translations: settings in, metadata out."""
 
+from typing import Any
+
 import dagster as dg
 
 from distill_assets.foundation.fingerprints import digest
@@ -15,6 +17,20 @@ from distill_assets.student_model.identity import StudentKind
 CODE_VERSION = "1"
 OWNERS = ["team:distillation"]
 GPU_POOL, CATALOG_POOL = "gpu", "catalog"
+# A range of partitions is one run only if every selected asset says so, unpartitioned ones included.
+MADE_HERE: dict[str, Any] = {
+    "owners": OWNERS,
+    "code_version": CODE_VERSION,
+    "backfill_policy": dg.BackfillPolicy.single_run(),
+}
+STUDENT: dict[str, Any] = {
+    "deps": ["capture_catalog"],
+    "group_name": "students",
+    "kinds": {"huggingface", "pytorch"},
+    "pool": GPU_POOL,
+    "automation_condition": when.ON_UPSTREAM,
+    **MADE_HERE,
+}
 
 
 class DeviceConfig(dg.Config):
@@ -54,8 +70,7 @@ observe_shards = dg.define_asset_job(
 @dg.asset(
     group_name="data",
     kinds={"huggingface"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
+    **MADE_HERE,
     automation_condition=when.ON_UPSTREAM,
     check_specs=[
         dg.AssetCheckSpec(
@@ -88,10 +103,8 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
     deps=[dataset_shards, tokenizer_compatibility],
     group_name="capture",
     kinds={"pytorch", "parquet"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
+    **MADE_HERE,
     pool=GPU_POOL,
-    backfill_policy=dg.BackfillPolicy.single_run(),
     automation_condition=when.ON_CHANGE,
     description="The teacher's top-k log-probabilities of one shard, one Parquet file a shard version. "
     "Rows captured before are copied; the teacher sees only what is new.",
@@ -119,10 +132,8 @@ def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) ->
     deps=[teacher_capture],
     group_name="capture",
     kinds={"duckdb"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
+    **MADE_HERE,
     pool=CATALOG_POOL,
-    backfill_policy=dg.BackfillPolicy.single_run(),
     automation_condition=when.ON_ANY_CAPTURE,
     description="DuckDB index of all captures: examples, statistics, lineage, history.",
 )
@@ -137,22 +148,14 @@ def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
     states = AssetStates(Pipeline(find_home()))
     record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
-    states.pipeline.refresh_catalog()  # the catalog's lineage now knows this student
-    folder = states.students.folder(kind)
     return dg.MaterializeResult(
-        metadata=metadata.of_student(record, folder), data_version=dg.DataVersion(record.spec.student_id)
+        metadata=metadata.of_student(record, states.students.folder(kind)),
+        data_version=dg.DataVersion(record.spec.student_id),
     )
 
 
 @dg.asset(
-    deps=[capture_catalog],
-    group_name="students",
-    kinds={"huggingface", "pytorch"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
-    pool=GPU_POOL,
-    backfill_policy=dg.BackfillPolicy.single_run(),
-    automation_condition=when.ON_UPSTREAM,
+    **STUDENT,
     description="The student, trained on the captured distributions; loads with from_pretrained.",
 )
 def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
@@ -160,14 +163,7 @@ def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg
 
 
 @dg.asset(
-    deps=[capture_catalog],
-    group_name="students",
-    kinds={"huggingface", "pytorch"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
-    pool=GPU_POOL,
-    backfill_policy=dg.BackfillPolicy.single_run(),
-    automation_condition=when.ON_UPSTREAM,
+    **STUDENT,
     description="The honest control: same start, rows, order and steps, hard labels only.",
 )
 def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
@@ -180,10 +176,8 @@ def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> 
     deps=[capture_catalog, student_model, control_student],
     group_name="students",
     kinds={"html"},
-    owners=OWNERS,
-    code_version=CODE_VERSION,
+    **MADE_HERE,
     pool=GPU_POOL,
-    backfill_policy=dg.BackfillPolicy.single_run(),
     automation_condition=when.ON_UPSTREAM,
     description="Held-out figures of untrained student, student, control and teacher, with plots.",
 )

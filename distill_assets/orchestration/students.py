@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_assets.capture_catalog.refresh import CatalogEntry
+from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
 from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
 from distill_assets.foundation.language_model import load_model, load_tokenizer, resolve_device
 from distill_assets.foundation.model_folders import ModelFolder
@@ -124,7 +124,7 @@ class StudentSide:
     def train(
         self, kind: StudentKind, *, device: str, force: bool, on_progress: ProgressListener = ignore_progress
     ) -> StudentRecord:
-        """The student of this kind, trained unless it exists. The tokenizer guard comes first."""
+        """The student of this kind, trained unless it exists, and the catalog told of it."""
         self.require_inputs()
         self.pipeline.require_compatible()
         if force or not self.exists(kind):
@@ -139,6 +139,7 @@ class StudentSide:
                 device=device,
                 on_progress=on_progress,
             )
+        refresh_lineage(self.home.catalog, self.home.students)
         return read_student(self.folder(kind))
 
     def _spec(self, kind: StudentKind) -> StudentSpec:

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from distill_assets.capture_catalog.query import run_query
-from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, read_meta, refresh_catalog
+from distill_assets.capture_catalog.refresh import (
+    CatalogEntry,
+    CatalogReport,
+    read_meta,
+    refresh_catalog,
+    refresh_lineage,
+)
 from distill_assets.capture_catalog.verify import compare_with_store
 from distill_assets.foundation.errors import CatalogError
 from distill_assets.teacher_capture.capture import capture_shard
@@ -108,9 +114,15 @@ def test_lineage_is_read_from_the_students(bench: Bench) -> None:
     (student / "distillation.json").write_text(json.dumps({"spec": spec, "created": "2026-01-02T03:04:05+00:00"}))
     (bench.home.students / "damaged").mkdir()
     (bench.home.students / "damaged" / "distillation.json").write_text("{")
-    refresh(bench, capture_all(bench))
+    entries = capture_all(bench)
+    refresh(bench, entries)
     sql = "SELECT s.kind, l.shard, l.examples FROM students AS s JOIN student_captures AS l USING (student_id)"
     assert ask(bench, sql) == [("student", "s0", 6)]
+    spec["kind"] = "control"
+    (student / "distillation.json").write_text(json.dumps({"spec": spec, "created": "2026-01-02T03:04:05+00:00"}))
+    refresh_lineage(bench.home.catalog, bench.home.students)
+    assert ask(bench, sql) == [("control", "s0", 6)]
+    assert compare_with_store(bench.home.catalog, captures(entries)) == []
 
 
 def test_a_catalog_of_nothing_can_be_asked(bench: Bench) -> None:
