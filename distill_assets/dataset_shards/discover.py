@@ -95,6 +95,8 @@ def key_problem(key: str) -> str | None:
         return f"the key {_printable(key)!r} contains '..'"
     if "/" in key or "\\" in key:
         return f"the key {_printable(key)!r} contains a slash or backslash"
+    if any(character in key for character in "*?["):
+        return f"the key {_printable(key)!r} contains *, ? or [, which file patterns give a meaning"
     if any(unicodedata.category(character) in _FORBIDDEN_CATEGORIES for character in key):
         return f"the key {_printable(key)!r} contains a control character or bytes that are not UTF-8"
     if len(key.encode()) > KEY_BYTES:

@@ -96,17 +96,26 @@ def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device) -> PreTr
     folder.weight_files()
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            both: Any = AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         raise ModelError(
             f"{folder.name}: the model in {folder.path} cannot be loaded ({_first_line(error)})"
         ) from error
+    model: PreTrainedModel
+    model, loaded = both
+    # What a file lacks, transformers fills with random numbers and a warning.
+    if lacking := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise ModelError(
+            f"{folder.name}: {len(lacking)} weights are missing or of another shape in {folder.path}, "
+            f"{lacking[0]} first; save or download the model again"
+        )
     model.to(device).eval()  # type: ignore[arg-type]
     verify_split(model, folder.name)
     return model

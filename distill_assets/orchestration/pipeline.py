@@ -130,7 +130,8 @@ class Pipeline:
 
     def forget_captures(self) -> None:
         """Look at the store anew: captures were made."""
-        self.__dict__.pop("entries", None)
+        for name in ("entries", "uncaptured"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def uncaptured(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def read_capture(path: Path) -> Capture:
 def read_rows(path: Path) -> list[CapturedRow]:
     """All rows of a capture file, in order, as stored; CaptureError when it is damaged."""
     try:
-        return from_arrow(pq.read_table(path))
+        return from_arrow(pq.read_table(path, page_checksum_verification=True))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
@@ -121,7 +121,10 @@ class RowKey:
 def read_row_keys(path: Path) -> list[RowKey]:
     """Keys and weights of a capture file's rows, in order; CaptureError when it is damaged."""
     try:
-        return [RowKey(**row) for row in pq.read_table(path, columns=["key", "weight"]).to_pylist()]
+        return [
+            RowKey(**row)
+            for row in pq.read_table(path, columns=["key", "weight"], page_checksum_verification=True).to_pylist()
+        ]
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
@@ -171,6 +174,7 @@ class CaptureWriter:
             schema,
             compression="zstd",
             compression_level=6,
+            write_page_checksum=True,
             use_dictionary=["key", "id", f"support_ids.{leaf}", f"{quantised}.{leaf}", "input_ids.list.element"],
         )
         self.meter = StatsMeter()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -170,3 +171,12 @@ def test_the_cpu_is_always_there() -> None:
 def test_a_device_that_is_not_there_is_refused(name: str, reason: str) -> None:
     with pytest.raises(DeviceError, match=reason):
         resolve_device(name)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = tiny.save_model(tmp_path / "model", tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"9 weights are missing .*layers\.1\."):
+        load_model(ModelFolder("tiny", folder, None), "float32", torch.device("cpu"))

@@ -125,6 +125,16 @@ def test_damaged_captures_say_so(bench: Bench) -> None:
     assert capture(bench, "s0").written
 
 
+def test_a_flipped_bit_is_noticed(bench: Bench) -> None:
+    path = capture(bench, "s0").capture.path
+    whole = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(7)  # support_q
+    place = column.data_page_offset + column.total_compressed_size // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(CaptureError, match="damaged"):
+        read_rows(path)
+
+
 def test_an_interrupt_leaves_nothing_half_written(bench: Bench) -> None:
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
