@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -105,7 +106,9 @@ def init(
     """Make a new home: a commented distill.yaml, shards/, and the Dagster instance."""
     from distill_assets.foundation.settings_text import init_text
 
-    home = make_home(directory, init_text(teacher, student))
+    # A folder is named from where the user stands, but distill.yaml is read from the home.
+    named = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in (teacher, student)]
+    home = make_home(directory, init_text(*named))
     if as_json:
         print_json({"home": str(home.root)})
     else:
@@ -282,7 +285,9 @@ def report(
     """The path of the latest report."""
     from distill_assets.orchestration.status import latest_report
 
-    path = latest_report(find_home(home))
+    path, is_current = latest_report(_pipeline(find_home(home)))
+    if not is_current:
+        errors.print("[dim]the data or settings changed since; `distill run` makes the current report[/]")
     if as_json:
         print_json({"path": str(path)})
     else:
@@ -293,7 +298,7 @@ def report(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 3000,
     home: HomeOption = None,
 ) -> None:
     """Start Dagster's web UI and daemon for this home, on loopback, until Ctrl-C."""
@@ -301,11 +306,22 @@ def ui(
 
     found = find_home(home)
     found.settings()  # an unreadable distill.yaml is said here, not in a browser
+    _require_free(port)
     found.prepare_dagster()
     os.environ.update(environment(found))
     errors.print(f"web UI of {found.root}: http://127.0.0.1:{port} (Ctrl-C ends it)")
     command = ["dagster", "dev", "-m", "distill_assets.definitions", "-h", "127.0.0.1", "-p", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", *command])
+
+
+def _require_free(port: int) -> None:
+    """Dagster goes on without its web server when the port is taken, beside the other daemon."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"port {port} cannot be used ({error.strerror}); give another with --port") from None
 
 
 if __name__ == "__main__":

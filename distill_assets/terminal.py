@@ -138,7 +138,8 @@ def show_status(status: HomeStatus) -> None:
 def show_run(report: RunReport) -> None:
     """What was captured, and how the students stand."""
     if not report.materialized:
-        out.print("Everything is up to date; nothing was run.")
+        if not report.failures:
+            out.print("Everything is up to date; nothing was run.")
     else:
         speed = (
             f", {report.tokens_captured / report.capture_seconds:,.0f} tokens/s"

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +123,19 @@ def test_init_makes_a_home_once(tmp_path: Path, teacher_folder: Path) -> None:
     file = root / "distill.yaml"
     file.write_text(file.read_text().replace("max_length: 2048", "max_length: 64"))
     assert "there are no shards" in refusal("run", home=root)
+
+
+def test_init_takes_folders_from_where_the_user_stands(tmp_path: Path, teacher_folder: Path) -> None:
+    relative = os.path.relpath(teacher_folder)
+    answer("init", tmp_path / "home", "--teacher", relative, "--student", relative)
+    assert f"model: {teacher_folder}" in (tmp_path / "home" / "distill.yaml").read_text()
+
+
+def test_a_port_in_use_is_refused(made: tuple[Path, dict[str, Any]]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "cannot be used" in refusal("ui", "--port", str(taken.getsockname()[1]), home=made[0], code=2)
 
 
 def test_env_can_be_evaluated(made: tuple[Path, dict[str, Any]]) -> None:

@@ -49,6 +49,10 @@ class CaptureError(DistillError):
     """A capture could not be made, or a stored one cannot be read."""
 
 
+# What is wrong with one shard and says nothing about the others.
+SHARD_FAILURES = (ShardError, UnreadableFile, CaptureError)
+
+
 class CatalogError(DistillError):
     """The catalog is missing, unreadable, or was asked for something it refuses."""
 

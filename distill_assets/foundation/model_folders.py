@@ -76,8 +76,8 @@ _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "architec
 def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
     """Find the folder of a hub id or path (relative to `root`).
 
-    A hub id is fetched once and pinned to a commit; HF_HUB_OFFLINE is honoured. Raises ModelError
-    with where was looked.
+    A hub id is fetched into the hub's cache and answered with the commit its revision stands for now;
+    HF_HUB_OFFLINE is honoured. Raises ModelError with where was looked.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():

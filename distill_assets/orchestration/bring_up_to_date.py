@@ -13,9 +13,10 @@ from typing import Any
 import dagster as dg
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.errors import CaptureError, DistillError, StaleInputs, UsageError
+from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, StaleInputs, UsageError
 from distill_assets.foundation.home import Home
-from distill_assets.orchestration import records
+from distill_assets.foundation.language_model import resolve_device
+from distill_assets.orchestration import metadata, records
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, process_tags
 from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.partitions import recorded_version
@@ -54,7 +55,7 @@ class RunReport:
     def _failure_message(self) -> str:
         first, *others = self.failures.values()
         more = f" (and {len(others)} more; `distill plan` lists them)" if others else ""
-        return f"{first}{more}\nthe other shards are captured and in the catalog; the student was not trained"
+        return f"{first}{more}\nno student was trained; shards that could be captured are kept"
 
     def raise_failures(self) -> None:
         """CaptureError when a shard failed, in two lines."""
@@ -83,6 +84,7 @@ def bring_up_to_date(
         raise UsageError(f"there is no asset {only} to run; choose one of: {', '.join(INPUTS)}")
     if only is not None and shards:
         raise UsageError("give --shard or --only, not both")
+    resolve_device(device)  # before a shard is tried, and not once a shard
     started = time.monotonic()
     with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
         for run_id in close_dead_runs(instance):
@@ -133,7 +135,9 @@ class _Walk:
         records.observe_shards(self.instance, self.states)
         if stale := self.states.stale_inputs(asset):
             raise StaleInputs(f"{asset} reads {stale[0]}, which is not up to date; `distill run` brings all up to date")
-        if asset == "teacher_capture":
+        if asset == "tokenizer_compatibility":
+            self._check_tokenizers()
+        elif asset == "teacher_capture":
             plan = self.pipeline.plan()
             self._require_shards(plan, ())
             self._capture(plan, ())
@@ -174,11 +178,14 @@ class _Walk:
     def _capture_one(self, shard: Shard, why: str) -> None:
         self.on_step(f"teacher_capture {shard.key} ({why})")
         try:
-            self._materialize("teacher_capture", partition=shard.key, why=why)
-        except DistillError as error:
+            written = self._materialize("teacher_capture", partition=shard.key, why=why)
+            now = Pipeline(self.pipeline.home)  # the file may have been edited while other shards were captured
+            stats = now.capture_of(now.shard(shard.key)).stats
+        except (*SHARD_FAILURES, StaleInputs) as error:
             self.report.failures[shard.key] = str(error)
             return
-        stats = self.pipeline.capture_of(shard).stats
+        if not written:  # somebody else's run was faster
+            return
         self.report.captured_shards.append(shard.key)
         self.report.rows_captured += stats.rows_captured
         self.report.rows_reused += stats.rows_reused
@@ -193,10 +200,11 @@ class _Walk:
             self.on_step(asset)
             self._materialize(asset)
 
-    def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> None:
+    def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> bool:
+        """Run one asset; False when its body found its output there already and said so."""
         config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
         try:
-            self.job.execute_in_process(
+            result = self.job.execute_in_process(
                 instance=self.instance,
                 asset_selection=[dg.AssetKey(asset)],
                 partition_key=partition,
@@ -211,6 +219,8 @@ class _Walk:
         finally:
             self.check_interrupt()
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
+        [event] = result.asset_materializations_for_node(asset)
+        return event.metadata[metadata.WRITTEN].value is not False if metadata.WRITTEN in event.metadata else True
 
     def _report_students(self) -> None:
         students = self.states.students

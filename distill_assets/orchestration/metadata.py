@@ -14,6 +14,7 @@ from distill_assets.teacher_capture.capture import CaptureReport
 from distill_assets.teacher_capture.store import Capture
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
+WRITTEN = "file written"  # False when the capture was current and nothing was done
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
 
 Metadata = dict[str, Any]
@@ -56,7 +57,7 @@ def of_captures(captures: Sequence[Capture]) -> Metadata:
 
 def of_capture_report(report: CaptureReport) -> Metadata:
     """`of_capture`, whether a file was written, and the rows that were skipped as bad."""
-    values = of_capture(report.capture) | {"file written": report.written}
+    values = of_capture(report.capture) | {WRITTEN: report.written}
     if report.bad_rows:
         values["skipped rows"] = dg.MetadataValue.md("\n".join(f"- {line}" for line in report.bad_rows[:MOST_LISTED]))
     return values

@@ -16,6 +16,7 @@ from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.orchestration import compatibility
+from distill_assets.student_model.initial import require_layers
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
 from distill_assets.teacher_capture.plan import CapturePlan, plan_capture
@@ -141,7 +142,9 @@ class Pipeline:
         return tuple(sorted(set(keys) - have))
 
     def plan(self) -> CapturePlan:
-        """What a run would capture, and why."""
+        """What a run would capture, and why. An impossible student is refused before the teacher is paid for."""
+        if layers := self.settings.student.from_teacher_layers:
+            require_layers(self.spec.teacher, layers)
         catalogued = read_meta(self.home.catalog)
         return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
 

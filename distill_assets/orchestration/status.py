@@ -1,9 +1,9 @@
 """The state of a home's shards and assets, for people."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from distill_assets.foundation.errors import DistillError, StaleInputs
-from distill_assets.foundation.home import Home
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from distill_assets.student_evaluation.report import HTML_FILE
@@ -94,9 +94,13 @@ def _path(states: AssetStates, asset: str) -> str:
     return str(paths[asset]())
 
 
-def latest_report(home: Home) -> str:
-    """Path of the newest report.html; StaleInputs when there is none."""
+def latest_report(pipeline: Pipeline) -> tuple[Path, bool]:
+    """(path, True) of the current report, else (path, False) of the newest; StaleInputs when there is none."""
+    students = AssetStates(pipeline).students
+    if students.report_exists:
+        return students.report_folder / HTML_FILE, True
+    home = pipeline.home
     reports = sorted(home.reports.glob(f"*/{HTML_FILE}"), key=lambda file: file.stat().st_mtime)
     if not reports:
         raise StaleInputs(f"there is no report in {home.reports} yet; `distill run` makes one")
-    return str(reports[-1])
+    return reports[-1], False

@@ -29,6 +29,7 @@ from distill_assets.student_model.training import train_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_row_keys, read_rows
+from distill_assets.teacher_capture.teacher import load_teacher
 
 
 class StudentSide:
@@ -58,6 +59,11 @@ class StudentSide:
             )
         if not self._entries("train"):
             raise TrainingError("there are no training shards: every shard matches data.heldout or data.validation")
+        if not self._entries("heldout"):
+            raise TrainingError(
+                "there is no held-out shard to measure a student on; add one whose name matches data.heldout "
+                "(heldout.jsonl by default), or name an existing shard there"
+            )
 
     # identities ------------------------------------------------------------------------------
 
@@ -82,6 +88,7 @@ class StudentSide:
             self.settings.training.seed,
             self.pipeline.hashes,
         )
+        self.pipeline.hashes.save()
         return {
             kind: student_id(
                 kind,
@@ -129,6 +136,7 @@ class StudentSide:
         self.pipeline.require_compatible()
         if force or not self.exists(kind):
             spec = self.pipeline.spec
+            load_teacher.cache_clear()  # the student needs the room, and never the teacher
             train_student(
                 self._spec(kind),
                 self._initial(device),

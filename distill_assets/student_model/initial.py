@@ -63,6 +63,16 @@ def initial_student(
     return model.to(device).train()  # type: ignore[arg-type]
 
 
+def require_layers(teacher: ModelFolder, layers: list[int]) -> None:
+    """SettingsError unless the teacher's configuration has all `layers`; nothing is loaded."""
+    n_layers = teacher.config().get("num_hidden_layers", teacher.config().get("n_layer"))
+    if isinstance(n_layers, int) and layers[-1] >= n_layers:  # settings hold them increasing
+        raise SettingsError(
+            f"student.from_teacher_layers: layer {layers[-1]} does not exist; {teacher.name} has {n_layers} layers, "
+            f"0 to {n_layers - 1}"
+        )
+
+
 def _given(folder: ModelFolder | None) -> ModelFolder:
     if folder is None:
         raise ValueError("student.model needs its resolved folder")
@@ -102,12 +112,7 @@ def _from_config(values: dict[str, Any], seed: int) -> PreTrainedModel:
 def _from_layers(teacher: ModelFolder, layers: list[int]) -> PreTrainedModel:
     """A new model with fewer layers, every weight copied; built from its own configuration, so that
     loading what is saved builds the same."""
-    n_layers = teacher.config().get("num_hidden_layers", teacher.config().get("n_layer"))
-    if isinstance(n_layers, int) and layers[-1] >= n_layers:  # settings hold them increasing
-        raise SettingsError(
-            f"student.from_teacher_layers: layer {layers[-1]} does not exist; {teacher.name} has {n_layers} layers, "
-            f"0 to {n_layers - 1}"
-        )
+    require_layers(teacher, layers)
     whole = load_model(teacher, "float32", torch.device("cpu"))
     path = _layer_list(whole, teacher.name)
     try:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
+from distill_assets.foundation.errors import SHARD_FAILURES
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.teacher_capture.engine import score_rows
@@ -18,7 +19,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTar
 from distill_assets.teacher_capture.store import Capture, CaptureStore, CaptureWriter, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, load_teacher
 
-CHUNK_TOKENS = 65_536  # tokens in one row group; what is in memory at once
+CHUNK_TOKENS = 65_536  # tokens in one row group
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ def capture_shard(
     """Make the capture of `shard` under `spec` current.
 
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
-    only if a row is left for it. `force` recaptures every row. A failure is recorded in the store
-    under this content and raised; the file appears whole or not at all.
+    only if a row is left for it. `force` recaptures every row. What is wrong with the shard is recorded
+    in the store under this content and raised; anything else (a device, a full disk) only raised. The
+    file appears whole or not at all.
     """
     name = (spec.capture_id, shard.key, shard.version)
     try:
         if not force and (current := store.find(*name)):
             return CaptureReport(current, written=False)
         report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
-    except Exception as error:
-        store.record_failure(*name, f"{error}" or type(error).__name__)
+    except SHARD_FAILURES as error:
+        store.record_failure(*name, str(error))
         raise
     store.forget_failure(*name)
     return report

@@ -15,7 +15,7 @@ from distill_assets.dataset_shards.encode import Encoder
 from distill_assets.foundation.errors import ModelError, SettingsError
 from distill_assets.foundation.fingerprints import HashCache, digest
 from distill_assets.foundation.home import Home
-from distill_assets.foundation.language_model import load_tokenizer, real_vocabulary_size
+from distill_assets.foundation.language_model import load_tokenizer, real_vocabulary_size, unused_ids
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.settings import Settings, TargetSettings
 from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
@@ -48,10 +48,11 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
     weights = teacher.fingerprint(hashes)
     tokenizer = load_tokenizer(teacher)
     n_real = real_vocabulary_size(tokenizer)
-    if settings.targets.k > n_real:
+    n_ids = n_real - len(unused_ids(tokenizer))
+    if settings.targets.k > n_ids:
         raise SettingsError(
-            f"{home.settings_file}: targets.k is {settings.targets.k}, but {teacher.name} has only {n_real} token ids; "
-            f"use at most {n_real}"
+            f"{home.settings_file}: targets.k is {settings.targets.k}, but {teacher.name} has only {n_ids} token ids; "
+            f"use at most {n_ids}"
         )
     positions = teacher.config().get("max_position_embeddings")
     if isinstance(positions, int) and settings.data.max_length > positions:
