@@ -4,15 +4,18 @@ from typing import Any
 
 import dagster as dg
 
+from distill_assets.foundation.errors import SHARD_FAILURES
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.home import find_home
-from distill_assets.orchestration import automation_conditions as when
 from distill_assets.orchestration import metadata
+from distill_assets.orchestration.automation_conditions import WHEN_DUE
+from distill_assets.orchestration.instance import mark_run
 from distill_assets.orchestration.partitions import shard_partitions, sync_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
 from distill_assets.orchestration.states import OFF, AssetStates
 from distill_assets.student_model.identity import StudentKind
+from distill_assets.teacher_capture.store import Capture
 
 CODE_VERSION = "1"
 OWNERS = ["team:distillation"]
@@ -28,7 +31,7 @@ STUDENT: dict[str, Any] = {
     "group_name": "students",
     "kinds": {"huggingface", "pytorch"},
     "pool": GPU_POOL,
-    "automation_condition": when.ON_UPSTREAM,
+    "automation_condition": WHEN_DUE,
     **MADE_HERE,
 }
 
@@ -44,6 +47,12 @@ class CaptureConfig(DeviceConfig):
     """How the teacher is run."""
 
     batch_tokens: int | None = None  # padded tokens in one forward pass; None: what suits the device
+
+
+def begin(context: dg.AssetExecutionContext) -> AssetStates:
+    """Say which process runs this, and look at the home as it is now."""
+    mark_run(context)
+    return AssetStates(Pipeline(find_home()))
 
 
 @dg.observable_source_asset(
@@ -71,7 +80,7 @@ observe_shards = dg.define_asset_job(
     group_name="data",
     kinds={"huggingface"},
     **MADE_HERE,
-    automation_condition=when.ON_UPSTREAM,
+    automation_condition=WHEN_DUE,
     check_specs=[
         dg.AssetCheckSpec(
             "tokenizers_are_compatible",
@@ -83,7 +92,7 @@ observe_shards = dg.define_asset_job(
     description="Compares teacher and student tokenizers and heads; blocks everything after it if they disagree.",
 )
 def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    pipeline = Pipeline(find_home())
+    pipeline = begin(context).pipeline
     report = pipeline.check_tokenizers()
     return dg.MaterializeResult(
         metadata=metadata.of_tokenizers(report, pipeline.home.tokenizer_report),
@@ -105,27 +114,33 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
     kinds={"pytorch", "parquet"},
     **MADE_HERE,
     pool=GPU_POOL,
-    automation_condition=when.ON_CHANGE,
+    automation_condition=WHEN_DUE,
     description="The teacher's top-k log-probabilities of one shard, one Parquet file a shard version. "
     "Rows captured before are copied; the teacher sees only what is new.",
 )
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
-    states = AssetStates(Pipeline(find_home()))
-    captures = []
+    states = begin(context)
+    captures: dict[str, Capture] = {}
+    failures: list[Exception] = []
     for key in context.partition_keys:
-        report = states.pipeline.capture(
-            key,
-            device=config.device,
-            batch_tokens=config.batch_tokens,
-            force=config.force,
-            on_progress=progress_of(context),
-        )
-        captures.append(report.capture)
+        try:
+            report = states.pipeline.capture(key, **config.model_dump(), on_progress=progress_of(context))
+        except SHARD_FAILURES as error:  # one shard does not hold back the others of the range
+            context.log.error(str(error))
+            failures.append(error)
+            continue
+        captures[key] = report.capture
         context.add_asset_metadata(metadata.of_capture_report(report), partition_key=key)
-    versions = [states.capture_version(key) for key in context.partition_keys]
-    # A run of several partitions has one data version for all; `distill run` then records each its own.
+    if failures:
+        for capture in captures.values():
+            context.log_event(metadata.materialization_of(capture, "captured; another shard of the run failed"))
+        raise failures[0]
+    versions = [states.capture_version(key) for key in captures]
+    # A run of several partitions has one data version for all; whoever looks next records each its own.
     version = versions[0] if len(versions) == 1 else digest(versions)
-    return dg.MaterializeResult(metadata=metadata.of_captures(captures), data_version=dg.DataVersion(version))
+    return dg.MaterializeResult(
+        metadata=metadata.of_captures(list(captures.values())), data_version=dg.DataVersion(version)
+    )
 
 
 @dg.asset(
@@ -134,11 +149,11 @@ def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) ->
     kinds={"duckdb"},
     **MADE_HERE,
     pool=CATALOG_POOL,
-    automation_condition=when.ON_ANY_CAPTURE,
+    automation_condition=WHEN_DUE,
     description="DuckDB index of all captures: examples, statistics, lineage, history.",
 )
 def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    pipeline = Pipeline(find_home())
+    pipeline = begin(context).pipeline
     report = pipeline.refresh_catalog()
     return dg.MaterializeResult(
         metadata=metadata.of_catalog(report, pipeline), data_version=dg.DataVersion(report.identity)
@@ -146,7 +161,7 @@ def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 
 
 def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
-    states = AssetStates(Pipeline(find_home()))
+    states = begin(context)
     record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
     return dg.MaterializeResult(
         metadata=metadata.of_student(record, states.students.folder(kind)),
@@ -178,10 +193,10 @@ def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> 
     kinds={"html"},
     **MADE_HERE,
     pool=GPU_POOL,
-    automation_condition=when.ON_UPSTREAM,
+    automation_condition=WHEN_DUE,
     description="Held-out figures of untrained student, student, control and teacher, with plots.",
 )
 def student_evaluation(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
-    students = AssetStates(Pipeline(find_home())).students
+    students = begin(context).students
     folder = students.evaluate(device=config.device, force=config.force, on_progress=progress_of(context))
     return dg.MaterializeResult(metadata=metadata.of_report(folder), data_version=dg.DataVersion(students.report_id))

@@ -1,6 +1,5 @@
 """When things run by themselves: the shard watcher, the conditions, the nightly refresh."""
 
-import json
 from collections.abc import Callable
 
 import dagster as dg
@@ -8,8 +7,10 @@ import dagster as dg
 from distill_assets.foundation.errors import DistillError
 from distill_assets.foundation.home import find_home
 from distill_assets.foundation.settings import AutomationSettings
+from distill_assets.orchestration import records
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
-from distill_assets.orchestration.partitions import DATA_VERSION_TAG, SHARDS, shard_partitions
+from distill_assets.orchestration.instance import UNFINISHED, close_dead_runs
+from distill_assets.orchestration.partitions import SHARDS, shard_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 
@@ -26,7 +27,11 @@ def automation_settings() -> AutomationSettings:
 
 
 def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
-    """Registers shards that come, forgets those that go, observes those that changed."""
+    """Registers shards that come, forgets those that go, observes those that changed.
+
+    It also closes runs whose process is gone, and records captures that are in the store only: those
+    of a range of partitions, for one, to which Dagster gives one data version.
+    """
 
     @dg.sensor(
         name="shard_watcher",
@@ -35,38 +40,41 @@ def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
         description="Looks at the shard files; touching one does nothing, changing one is observed once.",
     )
     def watch(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        for run_id in close_dead_runs(context.instance):
+            context.log.warning(f"closed run {run_id}, whose process was gone")
         try:
             states = AssetStates(Pipeline(find_home()))
-            shards = {key: states.capture_version(key) for key in states.pipeline.shards}
+            shards = set(states.pipeline.shards)
+            events: list[dg.AssetObservation | dg.AssetMaterialization] = [
+                *records.new_observations(context.instance, states)
+            ]
+            # A run that is under way records its captures itself.
+            if not context.instance.get_runs_count(dg.RunsFilter(statuses=UNFINISHED)):
+                events += records.unrecorded_captures(context.instance, states.pipeline)
         except DistillError as error:
             return dg.SkipReason(str(error))
-        seen = json.loads(context.cursor) if context.cursor else {}
         registered = set(context.instance.get_dynamic_partitions(SHARDS))
         requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-        if new := sorted(shards.keys() - registered):
+        if new := sorted(shards - registered):
             requests.append(shard_partitions.build_add_request(new))
-        if gone := sorted(registered - shards.keys()):
+        if gone := sorted(registered - shards):
             requests.append(shard_partitions.build_delete_request(gone))
-        return dg.SensorResult(
-            dynamic_partitions_requests=requests,
-            asset_events=[
-                dg.AssetObservation("dataset_shards", partition=key, tags={DATA_VERSION_TAG: version})
-                for key, version in shards.items()
-                if seen.get(key) != version
-            ],
-            cursor=json.dumps(shards),
-        )
+        return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events)
 
     return watch
 
 
 def conditions_sensor(settings: AutomationSettings) -> dg.AutomationConditionSensorDefinition:
-    """Evaluates the assets' automation conditions; stopped unless `automation.start`."""
+    """Evaluates the assets' automation conditions; stopped unless `automation.start`.
+
+    In the code location's process, for the conditions are ours.
+    """
     return dg.AutomationConditionSensorDefinition(
         "keep_up_to_date",
         target=dg.AssetSelection.all(),
         default_status=dg.DefaultSensorStatus.RUNNING if settings.start else dg.DefaultSensorStatus.STOPPED,
         minimum_interval_seconds=settings.watch_seconds,
+        use_user_code_server=True,
     )
 
 

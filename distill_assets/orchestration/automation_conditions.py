@@ -1,21 +1,56 @@
-"""When an asset runs by itself, given what happened upstream."""
+"""When an asset runs by itself: when the store lacks what would be made now."""
 
+import json
+from functools import lru_cache
+
+import dagster as dg
 from dagster import AutomationCondition as Condition
 
-_CHANGED = Condition.code_version_changed() | Condition.any_deps_match(Condition.data_version_changed())
+from distill_assets.foundation.errors import DistillError
+from distill_assets.foundation.home import find_home
+from distill_assets.orchestration.due import due
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
 
-# A capture runs when its shard or the settings changed since it was last requested, or when it is
-# missing; a failed one waits for its input to change, or for somebody to run it again.
-ON_CHANGE = (
-    (
-        _CHANGED.since_last_handled()  # type: ignore[misc]  # Dagster's own annotations disagree
-        | (Condition.missing() & ~Condition.execution_failed())
-    )
-    & ~Condition.any_deps_missing()
-    & ~Condition.any_deps_in_progress()
-    & ~Condition.in_progress()
-    & Condition.all_deps_blocking_checks_passed()
-)
-# The catalog describes whatever is captured, so one missing partition must not hold it back.
-ON_ANY_CAPTURE = Condition.eager().without(~Condition.any_deps_missing())
-ON_UPSTREAM = Condition.eager()
+
+@lru_cache(maxsize=1)
+def _states(evaluation_id: int, moment: object) -> AssetStates:
+    """One look at the home for all assets of a tick."""
+    return AssetStates(Pipeline(find_home()))
+
+
+class IsDue(dg.AutomationCondition[dg.AssetKey]):
+    """True where `due` says so, once for each data version.
+
+    Dagster's own conditions know only its event log: not distill.yaml, not which files are there. This
+    one asks the store, as `distill run` does, so that both do the same. What was requested is
+    remembered, so that a failed run is not requested again until its input changes.
+    """
+
+    @property
+    def name(self) -> str:
+        return "not current in the store, inputs ready, not requested for this content yet"
+
+    def evaluate(self, context: dg.AutomationContext[dg.AssetKey]) -> dg.AutomationResult[dg.AssetKey]:
+        try:
+            states = _states(context.evaluation_id, context.evaluation_time)
+            wanted = due(context.asset_graph_view.instance, states, context.key.to_user_string())
+        except DistillError:  # an unreadable distill.yaml, say: the shard watcher tells why
+            wanted = None
+        if wanted is None:
+            return dg.AutomationResult(context, context.get_empty_subset(), cursor=context.cursor)
+        before: dict[str, str] = json.loads(context.cursor or "{}")
+        requested = {key: version for key, version in before.items() if wanted.get(key) == version}
+        candidates = context.candidate_subset
+        if candidates.is_partitioned:
+            now = candidates.expensively_compute_partition_keys() & wanted.keys() - requested.keys()
+            subset = candidates.compute_intersection_with_partition_keys(now)
+        else:
+            now = set() if candidates.is_empty else wanted.keys() - requested.keys()
+            subset = candidates if now else context.get_empty_subset()
+        requested |= {key: wanted[key] for key in now}
+        return dg.AutomationResult(context, subset, cursor=json.dumps(requested))
+
+
+# In this order: what is running, or waits for an input that is running, is no candidate for `IsDue`.
+WHEN_DUE = ~Condition.in_progress() & ~Condition.any_deps_in_progress() & IsDue()

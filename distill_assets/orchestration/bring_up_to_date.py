@@ -6,6 +6,7 @@ run records, one load of the teacher, no run for what did not change.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,8 @@ from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, Stale
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.language_model import resolve_device
 from distill_assets.orchestration import metadata, records
-from distill_assets.orchestration.instance import close_dead_runs, open_instance, process_tags
+from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags
 from distill_assets.orchestration.interrupts import noticed_interrupts
-from distill_assets.orchestration.partitions import recorded_version
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from distill_assets.student_evaluation.report import HTML_FILE
@@ -112,6 +112,7 @@ class _Walk:
         check_interrupt: Callable[[], None],
     ) -> None:
         self.job = definitions.resolve_implicit_global_asset_job_def()
+        self.graph = definitions.resolve_asset_graph()
         self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
         self.device, self.force, self.on_step = device, force, on_step
         self.check_interrupt = check_interrupt
@@ -195,24 +196,26 @@ class _Walk:
     def _bring(self, asset: str) -> None:
         """Materialise an unpartitioned asset unless it is current and Dagster knows."""
         forced = self.force and asset in WITH_DEVICE
-        recorded = recorded_version(self.instance, asset) == self.states.data_version(asset)
-        if forced or not recorded or not self.states.is_current(asset):
+        if forced or records.needs_run(self.instance, self.states, asset):
             self.on_step(asset)
             self._materialize(asset)
 
     def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> bool:
         """Run one asset; False when its body found its output there already and said so."""
         config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
+        self._say_who_is_waited_for(asset)
+        run_id = str(uuid.uuid4())
         try:
             result = self.job.execute_in_process(
                 instance=self.instance,
+                run_id=run_id,
                 asset_selection=[dg.AssetKey(asset)],
                 partition_key=partition,
                 run_config={
                     "ops": {asset: {"config": config}} if config else {},
                     "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                 },
-                tags=process_tags() | ({"distill/why": why} if why else {}),
+                tags=process_tags(run_id) | ({"distill/why": why} if why else {}),
             )
         except dg.DagsterExecutionInterruptedError:  # Dagster's own word for Ctrl-C inside a run
             raise KeyboardInterrupt from None
@@ -221,6 +224,14 @@ class _Walk:
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
         [event] = result.asset_materializations_for_node(asset)
         return event.metadata[metadata.WRITTEN].value is not False if metadata.WRITTEN in event.metadata else True
+
+    def _say_who_is_waited_for(self, asset: str) -> None:
+        for pool in self.graph.get(dg.AssetKey(asset)).pools or ():
+            if holder := holder_of(self.instance, pool):
+                self.on_step(
+                    f"{asset} waits for the {pool} pool, held by {holder}; if that process is gone, "
+                    f"free the slot in the web UI (Deployment, Concurrency)"
+                )
 
     def _report_students(self) -> None:
         students = self.states.students

@@ -6,9 +6,18 @@ import socket
 import dagster as dg
 import psutil
 from dagster import DagsterRunStatus, RunsFilter
+from filelock import FileLock
 
 from distill_assets.foundation.home import DAGSTER_VARIABLE, HOME_VARIABLE, Home
 
+# A run in one of these may still record something.
+UNFINISHED = [
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
 HOST_TAG = "distill/host"
 PROCESS_TAG = "distill/process"
 
@@ -22,13 +31,33 @@ def open_instance(home: Home) -> dg.DagsterInstance:
     """The home's own instance; also sets this process's environment, which asset bodies read."""
     home.prepare_dagster()
     os.environ.update(environment(home))
-    return dg.DagsterInstance.get()
+    with FileLock(home.dagster / "opening.lock"):  # the first to open it makes the databases
+        return dg.DagsterInstance.get()
 
 
-def process_tags() -> dict[str, str]:
-    """Who runs a run: this host, this process and when it began (pids are used again)."""
+def process_tags(run_id: str) -> dict[str, str]:
+    """Who runs a run: this host, this process and when it began (pids are used again).
+
+    The run's id is part of it, for Dagster copies tags to a run that is executed again.
+    """
     process = psutil.Process()
-    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{process.pid}@{process.create_time():.2f}"}
+    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{run_id}@{process.pid}@{process.create_time():.2f}"}
+
+
+def mark_run(context: dg.AssetExecutionContext) -> None:
+    """Write down who runs a run, however it was started, so that `close_dead_runs` can tell."""
+    context.instance.add_run_tags(context.run_id, process_tags(context.run_id))
+
+
+def holder_of(instance: dg.DagsterInstance, pool: str) -> str | None:
+    """Who holds the last slot of a pool, for a person who waits for it; None when a slot is free."""
+    info = instance.event_log_storage.get_concurrency_info(pool)
+    if not info.claimed_slots or len(info.claimed_slots) < (info.limit or 1):
+        return None
+    run_id = info.claimed_slots[0].run_id
+    run = instance.get_run_by_id(run_id)
+    pid, host = (_pid(run), run.tags.get(HOST_TAG)) if run else (None, None)
+    return f"run {run_id[:8]}" + (f", process {pid} on {host}" if pid and host else "")
 
 
 def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
@@ -37,21 +66,33 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     A run killed with SIGKILL stays STARTED and keeps its slot: whoever comes next would wait for ever.
     """
     here = RunsFilter(
-        statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.CANCELING],
+        statuses=UNFINISHED,
         tags={HOST_TAG: socket.gethostname()},
     )
     closed = []
     for run in instance.get_runs(filters=here):
-        if not _alive(run.tags.get(PROCESS_TAG, "")):
+        if _is_dead(run):
             instance.report_run_failed(run, "the process that ran this is gone (killed, or the machine restarted)")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             closed.append(run.run_id)
     return closed
 
 
-def _alive(process: str) -> bool:
-    pid, _, created = process.partition("@")
+def _process(run: dg.DagsterRun) -> list[str]:
+    """[pid, when it began] as marked for this very run, or []."""
+    run_id, *process = run.tags.get(PROCESS_TAG, "").split("@")
+    return process if run_id == run.run_id else []
+
+
+def _pid(run: dg.DagsterRun) -> str | None:
+    return next(iter(_process(run)), None)
+
+
+def _is_dead(run: dg.DagsterRun) -> bool:
+    if not (process := _process(run)):
+        return False  # nobody has begun it, as far as is known
+    pid, created = process
     try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == created
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != created
     except (psutil.NoSuchProcess, ValueError):
-        return False
+        return True

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from distill_assets.capture_catalog.refresh import CatalogReport
+from distill_assets.orchestration.partitions import DATA_VERSION_TAG, shard_data_version
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
 from distill_assets.student_model.saving import StudentRecord
@@ -44,6 +45,17 @@ def of_capture(capture: Capture) -> Metadata:
     if stats.tokens_per_second is not None:
         values["tokens per second"] = stats.tokens_per_second
     return values
+
+
+def materialization_of(capture: Capture, description: str) -> dg.AssetMaterialization:
+    """A capture as a record of its partition, with its own data version."""
+    return dg.AssetMaterialization(
+        "teacher_capture",
+        partition=capture.shard,
+        description=description,
+        metadata=of_capture(capture),
+        tags={DATA_VERSION_TAG: shard_data_version(capture.version, capture.capture_id)},
+    )
 
 
 def of_captures(captures: Sequence[Capture]) -> Metadata:

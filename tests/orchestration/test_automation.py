@@ -1,0 +1,202 @@
+"""What the sensors request, tick by tick, on a real home: as much as `distill run` would do, and no more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import dagster as dg
+import pytest
+import yaml
+
+from distill_assets.definitions import defs
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.instance import open_instance
+from distill_assets.orchestration.partitions import SHARDS, recorded_versions
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import INPUTS, AssetStates
+from tests import tiny
+
+FIRST_FILL = [
+    ["tokenizer_compatibility"],
+    ["teacher_capture[heldout]", "teacher_capture[s0]", "teacher_capture[s1]"],
+    ["capture_catalog"],
+    ["control_student", "student_model"],
+    ["student_evaluation"],
+    [],
+]
+
+
+class Daemon:
+    """Ticks both sensors as Dagster's daemon does, and runs what they request."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.instance = open_instance(Home(root))
+        self.cursor: Any = None
+
+    def watch(self) -> dg.SensorResult | dg.SkipReason:
+        sensor = defs.get_sensor_def("shard_watcher")
+        result = sensor(dg.build_sensor_context(instance=self.instance))
+        if isinstance(result, dg.SensorResult):
+            for request in result.dynamic_partitions_requests or ():
+                if isinstance(request, dg.AddDynamicPartitionsRequest):
+                    self.instance.add_dynamic_partitions(SHARDS, list(request.partition_keys))
+                else:
+                    for key in request.partition_keys:
+                        self.instance.delete_dynamic_partition(SHARDS, key)
+            for event in result.asset_events:
+                self.instance.report_runless_asset_event(cast(dg.AssetObservation, event))
+        return cast(dg.SensorResult, result)
+
+    def requested(self) -> list[tuple[str, str | None]]:
+        result = dg.evaluate_automation_conditions(defs, self.instance, cursor=self.cursor)
+        self.cursor = result.cursor
+        keys = [(asset, key) for asset in INPUTS for key in result.get_requested_partitions(dg.AssetKey(asset))]
+        return sorted(keys, key=str)
+
+    def tick(self) -> list[str]:
+        """The names of what was requested; each has run when this returns, successfully or not."""
+        self.watch()
+        names = []
+        for asset, key in self.requested():
+            names.append(f"{asset}[{key}]" if key else asset)
+            defs.resolve_implicit_global_asset_job_def().execute_in_process(
+                instance=self.instance,
+                asset_selection=[dg.AssetKey(asset)],
+                partition_key=key,
+                raise_on_error=False,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        return names
+
+    def settle(self) -> list[list[str]]:
+        """Ticks until nothing is requested, twice over."""
+        ticks = [self.tick()]
+        while ticks[-1]:
+            ticks.append(self.tick())
+        assert self.tick() == []
+        return ticks
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, teacher_folder: Path) -> Iterator[Daemon]:
+    daemon = Daemon(tiny.make_home(tmp_path / "home", teacher_folder, shards=2))
+    yield daemon
+    daemon.instance.dispose()
+    os.environ.pop("DAGSTER_HOME", None)
+    os.environ.pop("DISTILL_HOME", None)
+
+
+def shard(daemon: Daemon, key: str) -> Path:
+    return daemon.root / "shards" / f"{key}.jsonl"
+
+
+def edit(daemon: Daemon, **sections: dict[str, object]) -> None:
+    file = daemon.root / "distill.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name, values in sections.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    file.write_text(yaml.safe_dump(settings))
+
+
+def test_a_fresh_home_is_filled_and_then_only_what_changed_runs(daemon: Daemon) -> None:
+    assert daemon.settle() == FIRST_FILL
+
+    for file in (daemon.root / "shards").iterdir():
+        os.utime(file, (1, 1))
+    assert daemon.settle() == [[]]  # touched
+
+    shard(daemon, "s1").write_text(shard(daemon, "s1").read_text().replace("Question 100", "Question C"))
+    tiny.write_jsonl(shard(daemon, "s2"), tiny.example_rows(4, start=500))
+    assert daemon.settle()[0] == ["teacher_capture[s1]", "teacher_capture[s2]"]  # one changed, one new
+
+    shard(daemon, "s2").unlink()
+    after_deleting = daemon.settle()
+    assert after_deleting == [["capture_catalog"], ["control_student", "student_model"], ["student_evaluation"], []]
+    assert "s2" not in daemon.instance.get_dynamic_partitions(SHARDS)
+
+    edit(daemon, training={"seed": 5})
+    assert daemon.settle() == [["control_student", "student_model"], ["student_evaluation"], []]
+
+    edit(daemon, targets={"k": 3})
+    assert daemon.settle()[0] == FIRST_FILL[1]  # settings of the targets: every shard
+
+    states = AssetStates(Pipeline(Home(daemon.root)))
+    assert all(states.is_current(asset) for asset in INPUTS)
+    recorded = recorded_versions(daemon.instance, "teacher_capture")
+    assert {key: states.capture_version(key) for key in ("s0", "s1", "heldout")}.items() <= recorded.items()
+
+
+def test_a_failing_shard_is_tried_once_holds_back_the_students_and_recovers(daemon: Daemon) -> None:
+    good = shard(daemon, "s0").read_text()
+    shard(daemon, "s0").write_text(good + "{not json\n")
+    ticks = daemon.settle()
+    assert ticks == [*FIRST_FILL[:3], []]  # tried with the others, not again, and no student on part of the data
+    shard(daemon, "s0").write_text(good)
+    assert daemon.settle() == [["teacher_capture[s0]"], *FIRST_FILL[2:]]
+
+
+def test_incompatible_tokenizers_stop_everything_and_a_mended_pair_resumes(
+    daemon: Daemon, tmp_path: Path, teacher_folder: Path
+) -> None:
+    other = tiny.train_tokenizer([text[::-1] for text in tiny.TEXT])
+    edit(daemon, student={"from_teacher_layers": None, "model": str(tiny.save_model(tmp_path / "other", other))})
+    assert daemon.settle() == [["tokenizer_compatibility"], []]
+    edit(daemon, student={"from_teacher_layers": [0], "model": None})
+    assert daemon.settle() == FIRST_FILL
+
+
+def test_a_range_of_partitions_gets_each_its_own_version_at_the_next_look(daemon: Daemon) -> None:
+    daemon.watch()
+    shard(daemon, "s1").write_text("{not json\n")
+    daemon.watch()
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=daemon.instance,
+        asset_selection=[dg.AssetKey("teacher_capture")],
+        raise_on_error=False,
+        tags={"dagster/asset_partition_range_start": "heldout", "dagster/asset_partition_range_end": "s1"},
+    )
+    assert not result.success
+    states = AssetStates(Pipeline(Home(daemon.root)))
+    good = {key: states.capture_version(key) for key in ("heldout", "s0")}
+    assert recorded_versions(daemon.instance, "teacher_capture") == good  # one bad shard loses no record
+
+    tiny.write_jsonl(shard(daemon, "s1"), tiny.example_rows(3, start=700))
+    daemon.watch()
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=daemon.instance,
+        asset_selection=[dg.AssetKey("teacher_capture")],
+        tags={"dagster/asset_partition_range_start": "heldout", "dagster/asset_partition_range_end": "s1"},
+    )
+    assert result.success
+    daemon.watch()
+    states = AssetStates(Pipeline(Home(daemon.root)))
+    assert recorded_versions(daemon.instance, "teacher_capture") == {
+        key: states.capture_version(key) for key in ("heldout", "s0", "s1")
+    }
+
+
+def test_broken_settings_are_said_and_change_nothing(daemon: Daemon) -> None:
+    daemon.watch()
+    assert daemon.requested() == [("tokenizer_compatibility", None)]
+    settings = (daemon.root / "distill.yaml").read_text()
+    (daemon.root / "distill.yaml").write_text("teacher: {modle: x}\n")
+    result = daemon.watch()
+    assert isinstance(result, dg.SkipReason) and "modle" in str(result.skip_message)
+    assert daemon.requested() == []
+    (daemon.root / "distill.yaml").write_text(settings)
+    assert daemon.requested() == []  # what was asked for before is not asked for again
+    assert set(daemon.instance.get_dynamic_partitions(SHARDS)) == {"heldout", "s0", "s1"}
+
+
+def test_the_refresh_job_does_what_distill_run_does(daemon: Daemon) -> None:
+    result = defs.resolve_job_def("refresh").execute_in_process(
+        instance=daemon.instance, run_config={"ops": {"bring_everything_up_to_date": {"config": {"device": "cpu"}}}}
+    )
+    assert result.success
+    states = AssetStates(Pipeline(Home(daemon.root)))
+    assert all(states.is_current(asset) for asset in INPUTS)
+    assert daemon.settle() == [[]]
