@@ -73,9 +73,11 @@ def bring_up_to_date(
     force: bool = False,
     rehash: bool = False,
     on_step: StepListener = lambda line: None,
+    report: RunReport | None = None,
 ) -> RunReport:
     """Materialise what is not current. `shards`: capture those and refresh the catalog only;
-    `only`: that asset alone, StaleInputs if what it reads is not up to date.
+    `only`: that asset alone, StaleInputs if what it reads is not up to date. `report` is filled as the
+    walk goes: whoever gives one still has it when an error or Ctrl-C ends the walk.
 
     A failing shard does not hold back the others: they are captured, the catalog is refreshed, no
     student is trained, and the report's `failures` say why. Any other failure is raised.
@@ -86,16 +88,20 @@ def bring_up_to_date(
         raise UsageError("give --shard or --only, not both")
     resolve_device(device)  # before a shard is tried, and not once a shard
     started = time.monotonic()
+    report = RunReport() if report is None else report
     with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
         for run_id in close_dead_runs(instance):
             on_step(f"closed run {run_id[:8]}, whose process was gone")
-        walk = _Walk(definitions, instance, Pipeline(home, rehash=rehash), device, force, on_step, check_interrupt)
-        if only is not None:
-            walk.only(only)
-        else:
-            walk.everything(shards)
-    walk.report.seconds = round(time.monotonic() - started, 2)
-    return walk.report
+        pipeline = Pipeline(home, rehash=rehash)
+        walk = _Walk(definitions, instance, pipeline, report, device, force, on_step, check_interrupt)
+        try:
+            if only is not None:
+                walk.only(only)
+            else:
+                walk.everything(shards)
+        finally:
+            report.seconds = round(time.monotonic() - started, 2)
+    return report
 
 
 class _Walk:
@@ -106,6 +112,7 @@ class _Walk:
         definitions: dg.Definitions,
         instance: dg.DagsterInstance,
         pipeline: Pipeline,
+        report: RunReport,
         device: str,
         force: bool,
         on_step: StepListener,
@@ -116,7 +123,7 @@ class _Walk:
         self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
         self.device, self.force, self.on_step = device, force, on_step
         self.check_interrupt = check_interrupt
-        self.report = RunReport()
+        self.report = report
 
     def everything(self, shards: Sequence[str]) -> None:
         plan = self.pipeline.plan()
@@ -169,7 +176,8 @@ class _Walk:
         records.add_missing_captures(self.instance, self.pipeline)
         planned = {p.shard: p for p in plan.shards if not only or p.shard in only}
         unusable = {p.key: p.message for p in self.pipeline.discovery.problems}
-        self.report.failures |= {key: unusable[key] for key in planned if key in unusable}
+        for key in sorted(planned.keys() & unusable.keys()):
+            self._failed(key, unusable[key])
         candidates = self.pipeline.discovery.shards if self.force else plan.todo
         for shard in candidates:
             if shard.key in planned:
@@ -183,7 +191,7 @@ class _Walk:
             now = Pipeline(self.pipeline.home)  # the file may have been edited while other shards were captured
             stats = now.capture_of(now.shard(shard.key)).stats
         except (*SHARD_FAILURES, StaleInputs) as error:
-            self.report.failures[shard.key] = str(error)
+            self._failed(shard.key, str(error))
             return
         if not written:  # somebody else's run was faster
             return
@@ -192,6 +200,10 @@ class _Walk:
         self.report.rows_reused += stats.rows_reused
         self.report.tokens_captured += stats.tokens_captured
         self.report.capture_seconds = round(self.report.capture_seconds + stats.seconds, 2)
+
+    def _failed(self, key: str, message: str) -> None:
+        self.on_step(f"failed: {message}")
+        self.report.failures[key] = message
 
     def _bring(self, asset: str) -> None:
         """Materialise an unpartitioned asset unless it is current and Dagster knows."""
