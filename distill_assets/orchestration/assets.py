@@ -10,12 +10,12 @@ from distill_assets.foundation.home import find_home
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.automation_conditions import WHEN_DUE
 from distill_assets.orchestration.instance import mark_run
-from distill_assets.orchestration.partitions import shard_partitions, sync_partitions
+from distill_assets.orchestration.partitions import shard_data_version, shard_partitions, sync_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
 from distill_assets.orchestration.states import OFF, AssetStates
 from distill_assets.student_model.identity import StudentKind
-from distill_assets.teacher_capture.store import Capture
+from distill_assets.teacher_capture.capture import CaptureReport
 
 CODE_VERSION = "1"
 OWNERS = ["team:distillation"]
@@ -120,7 +120,7 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
 )
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
     states = begin(context)
-    captures: dict[str, Capture] = {}
+    reports: list[CaptureReport] = []
     failures: list[Exception] = []
     for key in context.partition_keys:
         try:
@@ -129,18 +129,18 @@ def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) ->
             context.log.error(str(error))
             failures.append(error)
             continue
-        captures[key] = report.capture
+        reports.append(report)
         context.add_asset_metadata(metadata.of_capture_report(report), partition_key=key)
     if failures:
-        for capture in captures.values():
-            context.log_event(metadata.materialization_of(capture, "captured; another shard of the run failed"))
+        for report in reports:
+            context.log_event(
+                metadata.materialization_of(report.capture, report.written, "kept; another shard of the run failed")
+            )
         raise failures[0]
-    versions = [states.capture_version(key) for key in captures]
+    versions = [shard_data_version(r.capture.version, r.capture.capture_id) for r in reports]
     # A run of several partitions has one data version for all; whoever looks next records each its own.
     version = versions[0] if len(versions) == 1 else digest(versions)
-    return dg.MaterializeResult(
-        metadata=metadata.of_captures(list(captures.values())), data_version=dg.DataVersion(version)
-    )
+    return dg.MaterializeResult(data_version=dg.DataVersion(version))
 
 
 @dg.asset(

@@ -1,5 +1,6 @@
 """Reports of the domain as Dagster metadata: what a person sees on an asset's page."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import dagster as dg
 from distill_assets.capture_catalog.refresh import CatalogReport
 from distill_assets.orchestration.partitions import DATA_VERSION_TAG, shard_data_version
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.student_evaluation.figures import TEACHER
 from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
 from distill_assets.student_model.saving import StudentRecord
 from distill_assets.teacher_capture.capture import CaptureReport
@@ -21,55 +23,53 @@ MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them a
 Metadata = dict[str, Any]
 
 
-def of_capture(capture: Capture) -> Metadata:
-    """Figures of one captured shard; numbers plot over partitions and time."""
+def of_capture(capture: Capture, written: bool) -> Metadata:
+    """Figures of one captured shard; numbers plot over partitions and time.
+
+    What making it cost is left out where nothing was made: it would be told of an earlier run.
+    """
     stats = capture.stats
     values: Metadata = {
+        WRITTEN: written,
         "rows": stats.rows,
-        "rows captured": stats.rows_captured,
-        "rows reused": stats.rows_reused,
         "tokens": stats.tokens,
         "supervised tokens": stats.supervised_tokens,
         "bytes": capture.bytes,
-        "bytes per token": capture.bytes_per_token,
-        "mean entropy (nats)": stats.mean_entropy,
-        "mean kept mass": stats.mean_kept_mass,
-        "mean ids kept": stats.mean_kept_ids,
-        "teacher perplexity": stats.teacher_perplexity,
+        "bytes per token": round(capture.bytes_per_token, 1),
+        "mean entropy (nats)": round(stats.mean_entropy, 4),
+        "mean kept mass": round(stats.mean_kept_mass, 4),
+        "mean ids kept": round(stats.mean_kept_ids, 2),
+        "teacher perplexity": round(stats.teacher_perplexity, 3),
         "truncated rows": stats.truncated_rows,
         "bad rows": stats.bad_rows,
-        "seconds": stats.seconds,
         "capture id": capture.capture_id,
         "file": dg.MetadataValue.path(capture.path),
     }
-    if stats.tokens_per_second is not None:
-        values["tokens per second"] = stats.tokens_per_second
+    if written:
+        values |= {
+            "rows captured": stats.rows_captured,
+            "rows reused": stats.rows_reused,
+            "seconds": round(stats.seconds, 2),
+        }
+        if stats.tokens_per_second is not None:
+            values["tokens per second"] = round(stats.tokens_per_second, 1)
     return values
 
 
-def materialization_of(capture: Capture, description: str) -> dg.AssetMaterialization:
+def materialization_of(capture: Capture, written: bool, description: str) -> dg.AssetMaterialization:
     """A capture as a record of its partition, with its own data version."""
     return dg.AssetMaterialization(
         "teacher_capture",
         partition=capture.shard,
         description=description,
-        metadata=of_capture(capture),
+        metadata=of_capture(capture, written),
         tags={DATA_VERSION_TAG: shard_data_version(capture.version, capture.capture_id)},
     )
 
 
-def of_captures(captures: Sequence[Capture]) -> Metadata:
-    """Sums of a run over several partitions."""
-    return {
-        "shards": len(captures),
-        "rows captured": sum(c.stats.rows_captured for c in captures),
-        "rows reused": sum(c.stats.rows_reused for c in captures),
-    }
-
-
 def of_capture_report(report: CaptureReport) -> Metadata:
-    """`of_capture`, whether a file was written, and the rows that were skipped as bad."""
-    values = of_capture(report.capture) | {WRITTEN: report.written}
+    """`of_capture`, and the rows that were skipped as bad."""
+    values = of_capture(report.capture, report.written)
     if report.bad_rows:
         values["skipped rows"] = dg.MetadataValue.md("\n".join(f"- {line}" for line in report.bad_rows[:MOST_LISTED]))
     return values
@@ -119,17 +119,27 @@ def of_student(record: StudentRecord, folder: Path) -> Metadata:
         "rows": report.rows,
         "steps": report.steps,
         "supervised tokens": report.supervised_tokens,
-        "seconds": report.seconds,
-        "tokens per second": report.supervised_tokens / report.seconds,
-        "loss of the last step": report.final_loss,
+        "seconds": round(report.seconds, 2),
+        "tokens per second": round(report.supervised_tokens / report.seconds, 1),
+        "loss of the last step": round(report.final_loss, 4),
         "device": report.device,
         "folder": dg.MetadataValue.path(folder),
     }
 
 
 def of_report(folder: Path) -> Metadata:
-    """The summary with its pictures, and where the whole report lies."""
+    """The verdict, figures that plot over time, the summary with its pictures, and where the report lies."""
+    record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    figures = {
+        f"{model}: {record['metrics'][name]['label']}": round(estimate["value"], 4)
+        for model, estimates in record["overall"]["models"].items()
+        for name, estimate in estimates.items()
+        if model != TEACHER
+    }
     return {
+        "verdict": record["verdict"],
+        "held-out positions": record["overall"]["n_positions"],
+        **figures,
         "summary": dg.MetadataValue.md((folder / SUMMARY_FILE).read_text(encoding="utf-8")),
         "report": dg.MetadataValue.path(folder / HTML_FILE),
         "figures": dg.MetadataValue.path(folder / JSON_FILE),

@@ -35,7 +35,7 @@ def unrecorded_captures(instance: dg.DagsterInstance, pipeline: Pipeline) -> lis
     """A materialisation for each capture that is current in the store but not in Dagster."""
     recorded = recorded_versions(instance, "teacher_capture")
     return [
-        metadata.materialization_of(capture, "found in the store")
+        metadata.materialization_of(capture, False, "found in the store")
         for capture in (entry.capture for entry in pipeline.entries)
         if recorded.get(capture.shard) != shard_data_version(capture.version, capture.capture_id)
     ]

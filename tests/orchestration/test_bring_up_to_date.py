@@ -264,3 +264,25 @@ def test_status_after_a_run_and_after_a_change(fresh: Path) -> None:
         "control_student": "stale",
         "student_evaluation": "stale",
     }
+
+
+def test_what_a_person_sees_on_an_asset(fresh: Path) -> None:
+    with open_instance(Home(fresh)) as instance:
+
+        def seen(asset: str) -> dict[str, object]:
+            event = instance.get_latest_materialization_event(dg.AssetKey(asset))
+            assert event is not None and event.asset_materialization is not None
+            return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+        capture, evaluation = seen("teacher_capture"), seen("student_evaluation")
+        assert capture["rows"] == capture["rows captured"] == 6 and capture["file written"] is True
+        assert {"tokens", "supervised tokens", "bytes", "bytes per token", "tokens per second"} <= capture.keys()
+        assert {"mean entropy (nats)", "mean kept mass", "mean ids kept", "teacher perplexity"} <= capture.keys()
+        assert "KL" in str(evaluation["verdict"]) and float(str(evaluation["student: KL from teacher"])) > 0
+        assert "data:image/png" in str(evaluation["summary"])
+
+        defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey("teacher_capture")], partition_key="s0"
+        )
+        again = seen("teacher_capture")  # nothing was done, so no cost is told
+        assert again["file written"] is False and not {"rows captured", "tokens per second"} & again.keys()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS
 from distill_assets.orchestration.status import AssetStatus, home_status
+from distill_assets.orchestration.students import StudentSide
 from distill_assets.teacher_capture.capture import capture_shard
 from tests import tiny
 from tests.bench import Bench
@@ -82,14 +82,23 @@ def test_failed_shards_and_refused_pairs_are_failures(bench: Bench, tmp_path: Pa
 
 
 def test_a_student_of_other_settings_is_stale_and_a_damaged_one_says_so(bench: Bench) -> None:
-    pipeline = Pipeline(bench.home)
-    pipeline.check_tokenizers()
+    root = bench.home.root
+    Pipeline(bench.home).check_tokenizers()
     capture_all(bench)
-    pipeline = Pipeline(bench.home)
-    pipeline.refresh_catalog()
-    student = assets(bench.home.root)["student_model"]
-    folder = bench.home.students / str(student.version)
-    folder.mkdir(parents=True)
-    (folder / "distillation.json").write_text(json.dumps({"half": "a record"}))
-    student = assets(bench.home.root)["student_model"]
-    assert student.state == "missing"
+    Pipeline(bench.home).refresh_catalog()
+    StudentSide(Pipeline(bench.home)).train("student", device="cpu", force=False)
+    found = assets(root)
+    student = found["student_model"]
+    assert (student.state, student.path) == ("current", str(root / "students" / str(student.version)))
+    assert (found["control_student"].state, found["control_student"].reason) == ("missing", "never made")
+
+    (root / "students" / str(student.version) / "distillation.json").write_text("{")
+    damaged = assets(root)["student_model"]
+    assert damaged.state == "failed" and "damaged" in damaged.reason
+
+    StudentSide(Pipeline(bench.home)).train("student", device="cpu", force=True)
+    settings = root / "distill.yaml"
+    settings.write_text(settings.read_text().replace("epochs: 1", "epochs: 2"))
+    changed = assets(root)["student_model"]
+    assert (changed.state, changed.reason, changed.path) == ("stale", "settings or data changed since", None)
+    assert changed.version not in (None, student.version)
