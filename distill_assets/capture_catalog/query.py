@@ -34,7 +34,7 @@ def run_query(catalog: Path, captures: Path, sql: str) -> QueryResult:
     try:
         connection = duckdb.connect(catalog, read_only=True)
     except duckdb.Error as error:
-        raise CatalogError(f"{catalog}: not a readable DuckDB file; delete it, `distill run` builds it anew") from error
+        raise CatalogError(f"{catalog}: not a readable DuckDB file; `distill run` builds it anew") from error
     try:
         for setting in (
             "SET TimeZone = 'UTC'",

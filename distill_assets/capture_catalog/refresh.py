@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
-from distill_assets.foundation.errors import CaptureError, CatalogError
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
@@ -99,8 +99,8 @@ def refresh_lineage(catalog: Path, students: Path) -> None:
     A training takes long: whoever trained must not write down the captures it saw when it began.
     """
     with _writer_lock(catalog):
-        if not catalog.exists():
-            return
+        if read_meta(catalog) is None:
+            return  # the next refresh builds it, with its students
         with replacing(catalog) as beside:
             shutil.copyfile(catalog, beside)
             connection = duckdb.connect(beside)
@@ -218,26 +218,15 @@ def _report(connection: duckdb.DuckDBPyConnection, identity: str, files_read: in
 
 
 def read_meta(catalog: Path) -> tuple[str, list[str]] | None:
-    """(identity, shards of current captures), or None when there is no catalog of this version.
-
-    Raises CatalogError when the file is there but is not a readable database.
+    """(identity, shards of current captures), or None when there is no catalog of this version that can be
+    read: whoever asks builds it anew, from the captures.
     """
     if not catalog.exists():
         return None
     try:
-        connection = duckdb.connect(catalog, read_only=True)
-    except duckdb.Error as error:
-        raise CatalogError(
-            f"{catalog}: not a readable DuckDB file ({str(error).splitlines()[0]}); delete it, "
-            "`distill run` builds it anew"
-        ) from error
-    try:
-        [(version, identity)] = connection.execute("SELECT schema_version, identity FROM catalog_meta").fetchall()
-        if version != schema.SCHEMA_VERSION:
-            return None
-        shards = [shard for (shard,) in connection.execute("SELECT shard FROM captures ORDER BY shard").fetchall()]
-        return identity, shards
-    except duckdb.CatalogException:
+        with duckdb.connect(catalog, read_only=True) as connection:
+            [(version, identity)] = connection.execute("SELECT schema_version, identity FROM catalog_meta").fetchall()
+            shards = connection.execute("SELECT shard FROM captures ORDER BY shard").fetchall()
+    except (duckdb.Error, ValueError):
         return None
-    finally:
-        connection.close()
+    return (identity, [shard for (shard,) in shards]) if version == schema.SCHEMA_VERSION else None

@@ -45,7 +45,7 @@ WITH unnested AS (
            unnest(f.positions) AS position, unnest(f.support_ids) AS support_ids,
            unnest(f.{column}) AS support, unnest(f.tail_logprob) AS tail_logprob,
            unnest(f.gold_logprob) AS gold_logprob, unnest(f.entropy) AS entropy
-    FROM read_parquet([{paths}], filename = true) AS f
+    FROM read_parquet([{paths}], filename = true, hive_partitioning = false) AS f
 )
 SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids,
        {logprobs} AS support_logprobs, u.tail_logprob, u.gold_logprob, u.entropy
@@ -80,7 +80,7 @@ INSERT INTO examples
 WITH rows AS (
     SELECT row, key, id, input_ids, weight, truncated, positions, support_ids, tail_logprob, gold_logprob, entropy,
            {column} AS support
-    FROM read_parquet($path) AS f
+    FROM read_parquet($path, hive_partitioning = false) AS f
 ), position_mass AS (
     SELECT row, list_sum(list_transform({logprobs}, lambda x: exp(x))) AS head, coalesce(exp(tail), 0) AS tail
     FROM (SELECT row, unnest(support) AS support, unnest(tail_logprob) AS tail FROM rows)

@@ -15,17 +15,17 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
     """One sentence for each difference between the catalog and these current captures; [] if none."""
     if not catalog.exists():
         return [f"{catalog} does not exist"]
-    connection = duckdb.connect(catalog, read_only=True)
     try:
-        listed = {
-            (shard, capture_id, version): examples
-            for shard, capture_id, version, examples in connection.execute(
-                "SELECT shard, capture_id, version, examples FROM captures"
-            ).fetchall()
-        }
-        counted = dict(connection.execute("SELECT shard, count(*) FROM examples GROUP BY shard").fetchall())
-    finally:
-        connection.close()
+        with duckdb.connect(catalog, read_only=True) as connection:
+            listed = {
+                (shard, capture_id, version): examples
+                for shard, capture_id, version, examples in connection.execute(
+                    "SELECT shard, capture_id, version, examples FROM captures"
+                ).fetchall()
+            }
+            counted = dict(connection.execute("SELECT shard, count(*) FROM examples GROUP BY shard").fetchall())
+    except duckdb.Error as error:
+        return [f"{catalog} cannot be read ({str(error).splitlines()[0]})"]
     problems = []
     held = {(c.shard, c.capture_id, c.version): c for c in captures}
     problems += [f"shard {shard} is listed, but its capture is not in the store" for shard, *_ in listed.keys() - held]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial-"  # what an unfinished neighbour's name begins with; nobody reads such a name
+_REPLACED = f"{PARTIAL}was-"  # the folder whose place is being taken
+DAY_SECONDS = 86_400
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+_DISK_WORDS = ("database or disk is full", "disk I/O error", "No space left on device", "File too large")
 
 
 def _beside(path: Path) -> Path:
@@ -47,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Like `replacing` for a folder: yields an empty one that becomes `path` when the block succeeds.
 
-    An existing `path` is moved aside first and removed last, so that it is never half of each.
+    An existing `path` is moved aside first and removed last, so that it is never half of each. A kill
+    between the two leaves it aside, from where `sweep` brings it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
@@ -58,7 +65,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         if path.exists():
-            old = _beside(path)
+            old = path.with_name(_REPLACED + path.name)
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
             try:
                 os.replace(beside, path)
@@ -71,6 +79,48 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS) -> list[Path]:
+    """Clean up what killed processes left in `folder`: bring back what was moved aside and not replaced,
+    remove unfinished neighbours. Only what nobody touched for a while, for it may be under way.
+
+    Returns the paths dealt with.
+    """
+    swept = []
+    for left in sorted(folder.glob(f"{PARTIAL}*")):
+        try:
+            if time.time() - left.stat().st_ctime < untouched_seconds:
+                continue
+            path = left.with_name(left.name.removeprefix(_REPLACED))
+            if left.name.startswith(_REPLACED) and not path.exists():
+                os.replace(left, path)
+            elif left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        except OSError:
+            continue  # somebody else was faster, or it is not ours to remove
+        swept.append(left)
+    return swept
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What a full or failing disk said, wherever in the chain of causes it stands; None for any other error.
+
+    Databases put the operating system's error into words of their own.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        text = str(link).strip().splitlines()[0] if str(link).strip() else ""
+        if isinstance(link, OSError) and link.errno in _DISK_ERRNOS:
+            return f"{link.filename}: {link.strerror}" if link.filename else str(link.strerror)
+        if any(words in text for words in _DISK_WORDS):
+            return text
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

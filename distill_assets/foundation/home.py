@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_assets.foundation.errors import HomeError
-from distill_assets.foundation.files import write_text
+from distill_assets.foundation.files import sweep, write_text
 from distill_assets.foundation.fingerprints import HashCache
 from distill_assets.foundation.settings import SETTINGS_FILE, Settings, load_settings
 
@@ -27,6 +27,7 @@ concurrency:
 run_monitoring:
   enabled: true
   start_timeout_seconds: 180
+  free_slots_after_run_end_seconds: 60
 retention:
   schedule:
     purge_after_days: 90
@@ -83,6 +84,11 @@ class Home:
     def hashes(self, rehash: bool = False) -> HashCache:
         return HashCache(self.root / ".cache" / "hashes.json", rehash=rehash)
 
+    def sweep(self) -> list[Path]:
+        """Clean up what killed processes left; see `files.sweep`."""
+        made = (self.root, self.root / ".cache", self.models, self.students, self.reports, *self.captures.glob("*"))
+        return [path for folder in made for path in sweep(folder)]
+
     def prepare_dagster(self) -> None:
         """Make the Dagster instance folder; an existing dagster.yaml is the user's and is kept."""
         if not (self.dagster / "dagster.yaml").exists():
@@ -92,6 +98,7 @@ class Home:
 def make_home(folder: Path, settings_text: str) -> Home:
     """Make `folder` a home with this distill.yaml; HomeError when it is one already."""
     home = Home(folder.expanduser().resolve())
+    _require_plain_path(home.root)
     if home.settings_file.exists():
         raise HomeError(f"{home.root} is a home already; edit {home.settings_file}")
     if home.root.exists() and not home.root.is_dir():
@@ -100,6 +107,12 @@ def make_home(folder: Path, settings_text: str) -> Home:
     write_text(home.settings_file, settings_text)
     home.prepare_dagster()
     return home
+
+
+def _require_plain_path(root: Path) -> None:
+    """DuckDB reads `*`, `?` and `[` in a file's name as a pattern, and has no way to quote them."""
+    if strange := sorted(set(str(root)) & set("*?[")):
+        raise HomeError(f"{root}: the path of a home may not contain {strange[0]}; use another folder or rename it")
 
 
 def default_home() -> Path | None:
@@ -119,6 +132,7 @@ def find_home(named: Path | None = None) -> Home:
     if folder is None:
         raise HomeError(f"no home given: pass --home DIR or set {HOME_VARIABLE}; `distill init DIR` makes one")
     home = Home(folder.expanduser().resolve())
+    _require_plain_path(home.root)
     if not home.settings_file.exists():
         raise HomeError(f"{home.root} has no {SETTINGS_FILE}; `distill init {folder}` makes it a home")
     elsewhere = os.environ.get(DAGSTER_VARIABLE)

@@ -6,8 +6,10 @@ Only files are looked at here; nothing is loaded and torch is not imported.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +75,31 @@ class ModelFolder:
 _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"})
 
 
+_HUB_SECONDS = 600.0
+# Which commit a branch stands for is asked once in _HUB_SECONDS: sensors look at a home every few seconds.
+_fetched: dict[tuple[str, str | None], tuple[float, Path]] = {}
+
+
 def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
     """Find the folder of a hub id or path (relative to `root`).
 
-    A hub id is fetched into the hub's cache and answered with the commit its revision stands for now;
-    HF_HUB_OFFLINE is honoured. Raises ModelError with where was looked.
+    A hub id is fetched into the hub's cache and answered with the commit its revision stands for (asked
+    anew every ten minutes); HF_HUB_OFFLINE is honoured. Raises ModelError with where was looked.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         return ModelFolder(name, folder, None)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"model {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
+    asked, now = (name, revision), time.monotonic()
+    at, path = _fetched.get(asked, (-math.inf, folder))
+    if now - at > _HUB_SECONDS or not path.is_dir():
+        path = _fetch(name, revision, folder)
+        _fetched[asked] = (now, path)
+    return ModelFolder(name, path, path.name)
+
+
+def _fetch(name: str, revision: str | None, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -93,7 +109,7 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
     )
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except RepositoryNotFoundError:
         raise ModelError(
             f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
@@ -104,4 +120,3 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
         raise ModelError(
             f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} ({reason})"
         ) from None
-    return ModelFolder(name, path, path.name)

@@ -89,6 +89,7 @@ def bring_up_to_date(
     resolve_device(device)  # before a shard is tried, and not once a shard
     started = time.monotonic()
     report = RunReport() if report is None else report
+    home.sweep()
     with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
         for run_id in close_dead_runs(instance):
             on_step(f"closed run {run_id[:8]}, whose process was gone")

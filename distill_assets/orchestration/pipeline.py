@@ -114,7 +114,7 @@ class Pipeline:
 
     def capture_of(self, shard: Shard) -> Capture:
         """The current capture of a shard; StaleInputs when there is none."""
-        if found := self.store.find(self.spec.capture_id, shard.key, shard.version):
+        if found := self.store.current(self.spec.capture_id, shard, self.spec.encoder.skips_bad_rows):
             return found
         raise StaleInputs(f"shard {shard.key} has no current capture; `distill run` captures it")
 

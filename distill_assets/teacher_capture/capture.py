@@ -50,7 +50,7 @@ def capture_shard(
     """
     name = (spec.capture_id, shard.key, shard.version)
     try:
-        if not force and (current := store.find(*name)):
+        if not force and (current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)):
             return CaptureReport(current, written=False)
         report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
     except SHARD_FAILURES as error:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
@@ -220,6 +221,11 @@ class CaptureStore:
         """The capture of this content under this identity, or None; CaptureError when it is damaged."""
         path = self.path_of(capture_id, shard, version)
         return read_capture(path) if path.exists() else None
+
+    def current(self, capture_id: str, shard: Shard, skip_bad_rows: bool) -> Capture | None:
+        """`find`, but a capture that left out bad rows is not current where such rows fail the shard."""
+        found = self.find(capture_id, shard.key, shard.version)
+        return found if found is None or skip_bad_rows or not found.stats.bad_rows else None
 
     def known_shards(self, capture_id: str) -> set[str]:
         """Shards of which any version was captured under this identity."""

@@ -130,12 +130,31 @@ def test_a_catalog_of_nothing_can_be_asked(bench: Bench) -> None:
     assert ask(bench, "SELECT count(*) FROM positions") == ask(bench, "SELECT count(*) FROM kept_ids") == [(0,)]
 
 
-def test_a_damaged_catalog_is_named_and_built_anew(bench: Bench) -> None:
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "other tables"])
+def test_a_damaged_catalog_is_no_catalog_and_is_built_anew(bench: Bench, damage: str) -> None:
     entries = capture_all(bench)
-    bench.home.catalog.write_bytes(b"not a database" * 100)
-    with pytest.raises(CatalogError, match=r"not a readable DuckDB file.*delete it"):
-        read_meta(bench.home.catalog)
+    refresh(bench, entries)
+    catalog = bench.home.catalog
+    whole = catalog.read_bytes()
+    if damage == "other tables":
+        catalog.unlink()
+        duckdb.connect(catalog).close()
+    else:
+        catalog.write_bytes({"garbage": b"not a database" * 100, "empty": b"", "cut": whole[: len(whole) // 2]}[damage])
+    assert read_meta(catalog) is None
+    assert compare_with_store(catalog, captures(entries))
+    refresh_lineage(catalog, bench.home.students)  # leaves it to the next refresh
+    with pytest.raises(CatalogError):
+        run_query(catalog, bench.home.captures, "SELECT shard FROM captures")
     assert refresh(bench, entries).shards == 4
+    assert compare_with_store(catalog, captures(entries)) == []
+
+
+def test_a_path_that_looks_like_a_hive_partition(tmp_path: Path, teacher_folder: Path) -> None:
+    bench = Bench(tiny.make_home(tmp_path / "shard=x" / "row=7", teacher_folder))
+    refresh(bench, capture_all(bench))
+    assert ask(bench, "SELECT DISTINCT shard FROM positions ORDER BY 1") == [("heldout",), ("s0",), ("s1",), ("s2",)]
+    assert ask(bench, "SELECT max(row) FROM examples WHERE shard = 's0'") == [(5,)]
 
 
 def test_shards_with_hostile_names(bench: Bench) -> None:

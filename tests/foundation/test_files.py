@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from distill_assets.foundation.files import replacing, replacing_folder, write_json
+from distill_assets.foundation.files import replacing, replacing_folder, sweep, write_json
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
@@ -67,3 +70,49 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path) 
     with pytest.raises(FileNotFoundError), replacing_folder(folder) as beside:
         beside.rmdir()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
+
+
+KILLED_WHILE_REPLACING = """
+import os, signal, sys
+from pathlib import Path
+from distill_assets.foundation import files
+
+folder, moment = Path(sys.argv[1]), int(sys.argv[2])
+moves = 0
+
+def audit(event, arguments):
+    global moves
+    if event == "os.rename" and str(folder) in map(str, arguments[:2]):
+        moves += 1
+        if moves == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(audit)
+with files.replacing_folder(folder) as beside:
+    (beside / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_folder_survives_a_kill_while_it_is_replaced(tmp_path: Path, moment: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").touch()
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_REPLACING, str(folder), str(moment)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert folder.exists() is (moment == 1)  # before the old one is moved aside; before the new one takes its place
+    assert sweep(tmp_path) == []  # it may be under way
+    assert sweep(tmp_path, untouched_seconds=0)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
+
+
+def test_sweeping_removes_unfinished_neighbours_only(tmp_path: Path) -> None:
+    for name in ("a.parquet", ".partial-0123abcd-a.parquet", ".hidden"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / ".partial-0123abcd-model").mkdir()
+    (tmp_path / ".partial-0123abcd-model" / "file").touch()
+    assert [path.name for path in sweep(tmp_path, untouched_seconds=0)] == [
+        ".partial-0123abcd-a.parquet",
+        ".partial-0123abcd-model",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.parquet"]

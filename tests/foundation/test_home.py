@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from distill_assets.foundation.errors import HomeError, SettingsError
-from distill_assets.foundation.home import DAGSTER_VARIABLE, HOME_VARIABLE, Home, default_home, find_home
+from distill_assets.foundation.home import DAGSTER_VARIABLE, HOME_VARIABLE, Home, default_home, find_home, make_home
 
 
 @pytest.fixture
@@ -85,3 +85,13 @@ def test_everything_made_lies_in_the_home(tmp_path: Path) -> None:
     cache.hash_of(Path(__file__))
     cache.save()
     assert (tmp_path / ".cache" / "hashes.json").exists()
+
+
+@pytest.mark.parametrize("name", ["what?", "a*b", "runs[1]"])
+def test_a_home_whose_path_is_a_pattern_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(HomeError, match="may not contain"):
+        make_home(tmp_path / name, "teacher: {model: a}\nstudent: {model: b}\n")
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    with pytest.raises(HomeError, match="may not contain"):
+        find_home(tmp_path / name)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,37 @@ def test_a_folder_without_a_tokenizer_is_refused(copy: ModelFolder) -> None:
         (copy.path / name).unlink()
     with pytest.raises(ModelError, match=r"no tokenizer in .*save one there"):
         copy.require_tokenizer()
+
+
+RESOLVED_TWICE = """
+import shutil, sys
+from pathlib import Path
+from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.model_folders import resolve_model
+
+cache = Path(sys.argv[1])
+refs = cache / "refs" / "main"
+print(resolve_model("owner/name", None, cache).revision)
+refs.write_text("b" * 40)  # the branch moved on: asked again only after a while
+print(resolve_model("owner/name", None, cache).revision)
+print(resolve_model("owner/name", "b" * 40, cache).revision)
+shutil.rmtree(cache / "snapshots" / ("a" * 40))
+print(resolve_model("owner/name", None, cache).revision)
+"""
+
+
+def test_a_hub_id_is_answered_from_the_cache_with_its_commit(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--owner--name"
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    answer = subprocess.run(
+        [sys.executable, "-c", RESOLVED_TWICE, str(cache)],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.split() == ["a" * 40, "a" * 40, "b" * 40, "b" * 40]

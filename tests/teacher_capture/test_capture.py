@@ -143,3 +143,15 @@ def test_an_interrupt_leaves_nothing_half_written(bench: Bench) -> None:
         capture(bench, "s0", on_progress=interrupt)
     assert [p for p in bench.home.captures.rglob("*") if p.is_file()] == []
     assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+
+
+def test_bad_rows_left_out_are_not_current_once_they_fail_the_shard(bench: Bench) -> None:
+    shard, settings = bench.home.root / "shards" / "s0.jsonl", bench.home.settings_file
+    shard.write_text(shard.read_text() + '{"prompt": 3}\n')
+    fail = settings.read_text()
+    settings.write_text(fail.replace("max_length: 64", "max_length: 64\n  on_bad_row: skip"))
+    assert capture(bench, "s0").capture.stats.bad_rows == 1
+    assert not capture(bench, "s0").written
+    settings.write_text(fail)
+    with pytest.raises(ShardError, match="line 7"):
+        capture(bench, "s0")

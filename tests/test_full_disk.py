@@ -1,0 +1,53 @@
+"""A disk that takes no more: said in one line, and the same command goes on when there is room."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from distill_assets.foundation.files import disk_problem
+
+LARGEST_FILE_BYTES = 300_000  # Dagster's database reaches it in the middle of the first run
+
+
+def run(home: Path, *, full: bool) -> subprocess.CompletedProcess[str]:
+    def limit() -> None:
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE_BYTES, LARGEST_FILE_BYTES))
+
+    command = [sys.executable, "-m", "distill_assets.cli", "run", "--home", str(home), "--device", "cpu", "--json"]
+    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(home: Path) -> None:
+    failed = run(home, full=True)
+    assert failed.returncode == 1
+    assert "disk is full or cannot be written" in json.loads(failed.stdout)["error"]
+    assert "disk is full or cannot be written" in failed.stderr.splitlines()[-1]
+    kept = {path: path.read_bytes() for path in (home / "captures").rglob("*.parquet")}
+    assert not list(home.rglob(".partial-*"))
+
+    done = run(home, full=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["failures"] == {} and answer["report"]
+    assert len(answer["captured_shards"]) == 4 - len(kept)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_the_disk_is_named_wherever_it_stands_in_the_chain() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/home/x/captures/a.parquet")
+    try:
+        try:
+            raise full
+        except OSError as error:
+            raise RuntimeError("a step failed") from error
+    except RuntimeError as error:
+        assert disk_problem(error) == "/home/x/captures/a.parquet: No space left on device"
+    assert disk_problem(Exception("(sqlite3.OperationalError) database or disk is full\n[SQL: ...]")) is not None
+    assert disk_problem(OSError(errno.ENOENT, "No such file or directory", "x")) is None
+    assert disk_problem(ValueError("5 is not a number")) is None
