@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,11 +25,11 @@ from rich.markup import escape
 
 from distill_assets import terminal
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
+from distill_assets.foundation.files import disk_problem
 from distill_assets.foundation.home import HOME_VARIABLE, default_home, find_home, make_home
 
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
-    from distill_assets.orchestration.bring_up_to_date import RunReport
     from distill_assets.orchestration.pipeline import Pipeline
 
 app = typer.Typer(
@@ -39,6 +42,7 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 TYPER_INTERRUPTED = 130  # Typer turns Ctrl-C into this exit
+SUPERSEDED = "Function `dev_command` is superseded"  # Dagster advises `dg dev`, which asks for a project folder
 EXAMPLE_TEACHER = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 EXAMPLE_STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -48,13 +52,33 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 RehashOption = Annotated[bool, typer.Option("--rehash", help="Read every file again instead of trusting its dates.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def _well_formed_device(name: str) -> str:
+    """Refused before anything is done; whether the device is there, only PyTorch can say."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise UsageError(f"device {name} is not known; use auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_well_formed_device)
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"distill_assets {package_version('distill_assets')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     context.obj = {"debug": debug}
 
@@ -73,8 +97,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:
-        _fail(error, f"{error.filename or 'a file'}: {error.strerror or error}", 1, debug, as_json)
+    except Exception as error:
+        if said := disk_problem(error):
+            hint = "make room and run the same command again; what was finished is kept"
+            _fail(error, f"the disk is full or cannot be written ({said}); {hint}", 1, debug, as_json)
+        if isinstance(error, OSError):
+            _fail(error, f"{error.filename or 'a file'}: {error.strerror or error}", 1, debug, as_json)
+        raise
 
 
 def _fail(error: BaseException, message: str, exit_code: int, debug: bool, as_json: bool) -> NoReturn:
@@ -145,7 +174,7 @@ def check(
     else:
         report = _pipeline(find_home(home)).tokenizer_report()
     if as_json:
-        print_json(report.to_json())
+        print_json(asdict(report))
     else:
         terminal.show_tokenizer_report(report)
     if not report.usable:
@@ -173,34 +202,33 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Bring everything up to date through Dagster runs; only what changed."""
-    report = _bring_up_to_date(
-        find_home(home), shards=shard or [], only=only, device=device, force=force, rehash=rehash
+    _bring_up_to_date(
+        find_home(home), as_json, shards=shard or [], only=only, device=device, force=force, rehash=rehash
     )
-    _show_run(report, as_json)
 
 
-def _bring_up_to_date(home: Home, **options: Any) -> RunReport:
+def _bring_up_to_date(home: Home, as_json: bool, **options: Any) -> None:
     from distill_assets.orchestration.instance import environment
 
     os.environ.update(environment(home))  # the definitions read the home's automation settings
     from distill_assets.definitions import defs
-    from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
+    from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
     from distill_assets.orchestration.progress import shown_by
 
-    with terminal.progress_bar() as bar, shown_by(bar.show):
-        return bring_up_to_date(defs, home, on_step=bar.say, **options)
-
-
-def _show_run(report: RunReport, as_json: bool) -> None:
-    if as_json:
-        print_json(report.to_json())
-    else:
-        terminal.show_run(report)
+    report = RunReport()
     try:
+        with terminal.progress_bar() as bar, shown_by(bar.show):
+            bring_up_to_date(defs, home, on_step=bar.say, report=report, **options)
+        if not as_json:
+            terminal.show_run(report)
         report.raise_failures()
     except DistillError as error:
-        error.answered = True  # type: ignore[attr-defined]
+        if as_json:  # what was done before the error is told with it
+            print_json(asdict(report) | {"error": str(error)})
+            error.answered = True  # type: ignore[attr-defined]
         raise
+    if as_json:
+        print_json(asdict(report))
 
 
 @app.command()
@@ -210,6 +238,8 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """A real teacher on real text, from nothing to a report; a second run captures nothing."""
+    # The bar of transformers' GGUF reader has no other switch, and tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from distill_assets.demo import prepare_demo
 
     root = directory or default_home()
@@ -218,8 +248,7 @@ def demo(
     with terminal.progress_bar() as bar:
         prepare_demo(root.expanduser().resolve(), bar.show)
     home = find_home(root)
-    report = _bring_up_to_date(home, device=device)
-    _show_run(report, as_json)
+    _bring_up_to_date(home, as_json, device=device)
     if not as_json:
         terminal.show_next_steps(home, is_default=directory is None)
 
@@ -263,7 +292,11 @@ def export(
     """Write current captures as JSONL, one example a line."""
     from distill_assets.teacher_capture.interchange import export_jsonl
 
-    captures = {entry.capture.shard: entry.capture for entry in _pipeline(find_home(home)).entries}
+    pipeline = _pipeline(find_home(home))
+    present = {s.key for s in pipeline.discovery.shards} | {problem.key for problem in pipeline.discovery.problems}
+    if unknown := [name for name in shard or [] if name not in present]:
+        raise UsageError(f"there is no shard {unknown[0]}; `distill plan` lists them")
+    captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
     if not captures:
         raise StaleInputs("nothing is captured yet; `distill run` captures")
     wanted = shard or sorted(captures)
@@ -273,7 +306,8 @@ def export(
     if as_json:
         print_json({"rows": rows, "path": str(out)})
     else:
-        terminal.out.print(f"{rows:,} rows of {len(wanted)} shards written to {out}")
+        counts = f"{terminal.counted(rows, 'row')} of {terminal.counted(len(wanted), 'shard')}"
+        terminal.out.print(escape(f"{counts} written to {out}"), soft_wrap=True)
 
 
 @app.command()
@@ -311,7 +345,10 @@ def ui(
     os.environ.update(environment(found))
     errors.print(f"web UI of {found.root}: http://127.0.0.1:{port} (Ctrl-C ends it)")
     command = ["dagster", "dev", "-m", "distill_assets.definitions", "-h", "127.0.0.1", "-p", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", *command])
+    # A script's background job starts with SIGINT ignored, and Dagster then ignores SIGTERM as well.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, "-W", f"ignore:{SUPERSEDED}", "-m", *command])
 
 
 def _require_free(port: int) -> None:

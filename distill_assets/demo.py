@@ -259,7 +259,7 @@ def convert_teacher(gguf: Path, folder: Path, on_progress: ProgressListener) -> 
     began = time.monotonic()
 
     def report(done: int, note: str) -> None:
-        on_progress(Progress("demo teacher", done, 2, "step", time.monotonic() - began, note))
+        on_progress(Progress("demo teacher", done, 2, "steps", time.monotonic() - began, note))
 
     report(0, f"dequantizing {gguf.name}, once")
     with quiet_transformers():

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from distill_assets.foundation.progress import Progress as Step
 
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
     from distill_assets.orchestration.bring_up_to_date import RunReport
-    from distill_assets.orchestration.status import HomeStatus
-    from distill_assets.teacher_capture.plan import CapturePlan
+    from distill_assets.orchestration.status import HomeStatus, ShardStatus
+    from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
     from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
 PIPED_WIDTH = 160  # a table in a file or pipe is not squeezed into 80 columns
+GAP = 2  # blanks between columns
+LEAST_WHY = 30  # a column of reasons narrower than this is unreadable
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -55,7 +64,7 @@ class ProgressBar:
             self.clear()
             self._task = self._progress.add_task("", total=step.total)
             self._step = step.step
-        rate = f"{step.rate:,.3g} {step.unit}/s" if step.rate else ""
+        rate = f"{step.rate:,.3g} {_plural(step.unit)}/s" if step.rate else ""
         self._progress.update(
             self._task, completed=step.done, total=step.total, description=escape(step.step), rate=rate, note=step.note
         )
@@ -65,7 +74,7 @@ class ProgressBar:
     def _show_plain(self, step: Step) -> None:
         if time.monotonic() - self._said_at >= self.PLAIN_SECONDS:
             self._said_at = time.monotonic()
-            self.say(f"{step.step}: {step.done:,} of {step.total:,} {step.unit} {step.note}".rstrip())
+            self.say(f"{step.step}: {step.done:,} of {counted(step.total, step.unit)} {step.note}".rstrip())
 
     def clear(self) -> None:
         if self._task is not None:
@@ -89,8 +98,13 @@ def progress_bar() -> Iterator[ProgressBar]:
         bar.clear()
 
 
-def _state(state: str) -> str:
-    return f"[{STATE_STYLES.get(state, '')}]{state}[/]" if STATE_STYLES.get(state) else state
+def counted(n: int, unit: str) -> str:
+    """`1 step`, `2 steps`, whether `unit` is given as one or as many."""
+    return f"{n:,} {unit.removesuffix('s') if n == 1 else _plural(unit)}"
+
+
+def _plural(unit: str) -> str:
+    return unit.removesuffix("s") + "s"
 
 
 def _number(value: Any, digits: int = 0) -> str:
@@ -105,34 +119,134 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table that must fit; of the `spare` ones the highest goes first when it is too wide."""
+
+    heading: str
+    cells: Sequence[str]
+    right: bool = False
+    spare: int = 0
+    style_of: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(text) for text in (*self.heading.split("\n"), *self.cells))
+
+
+def fitted_table(columns: Sequence[Column], why: Sequence[str], width: int) -> Table:
+    """A table of whole cells and, last, the reasons folded into what is left; no reason, no column.
+
+    Spare columns go until the rest fits into `width` characters.
+    """
+    room = min(LEAST_WHY, max((cell_len(text) for text in why), default=0))
+    shown = list(columns)
+    while sum(column.width + GAP for column in shown) + room > width and any(column.spare for column in shown):
+        shown.remove(max(shown, key=lambda column: column.spare))
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for column in shown:
+        # A name that takes half the width is folded as reasons are; states and numbers never.
+        whole = column is not shown[0] or 2 * column.width <= width
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=whole, overflow="fold")
+    if any(why):
+        table.add_column("why", overflow="fold")
+    for i, reason in enumerate(why):
+        cells = [Text(column.cells[i], column.style_of.get(column.cells[i], "")) for column in shown]
+        table.add_row(*cells, *([Text(reason)] if any(why) else []))
+    return table
+
+
+def plan_table(shards: Sequence[ShardPlan], width: int) -> Table:
+    """Shards with their state, what capturing them would cost, and why."""
+    return fitted_table(
+        [
+            Column("shard", [shard.shard for shard in shards]),
+            Column("state", [shard.state for shard in shards], style_of=STATE_STYLES),
+            Column("rows", [_number(shard.rows) for shard in shards], right=True, spare=2),
+            Column("rows to\ncapture", [_number(shard.rows_to_capture) for shard in shards], right=True),
+            Column("tokens to\ncapture", [_number(shard.tokens_to_capture) for shard in shards], right=True, spare=1),
+            Column("seconds\n(est.)", [_number(shard.estimated_seconds, 1) for shard in shards], right=True, spare=3),
+        ],
+        [shard.reason for shard in shards],
+        width,
+    )
+
+
 def show_plan(plan: CapturePlan) -> None:
-    """Shards with their state, why, and what capturing them would cost."""
-    table = _table("shard", "state", ">rows", ">rows to capture", ">tokens to capture", ">seconds (est.)", "why")
-    for shard in plan.shards:
-        table.add_row(
-            escape(shard.shard), _state(shard.state), _number(shard.rows), _number(shard.rows_to_capture),
-            _number(shard.tokens_to_capture), _number(shard.estimated_seconds, 1), escape(shard.reason),
-        )  # fmt: skip
-    out.print(table)
-    todo = [shard for shard in plan.shards if shard.state not in ("current", "removed")]
-    tokens = sum(shard.tokens_to_capture for shard in plan.shards)
-    out.print(f"\n{len(todo)} of {len(plan.shards)} shards to capture, {tokens:,} tokens for the teacher.")
+    """The shards, and what a run would do in a sentence."""
+    out.print(plan_table(plan.shards, out.width))
+    out.print()
+    for line in plan_summary(plan.shards):
+        out.print(line)
+
+
+def plan_summary(shards: Sequence[ShardPlan]) -> list[str]:
+    """What is to capture and what it costs, what cannot be captured, and why an estimate is missing."""
+    todo = [shard for shard in shards if shard.is_to_capture]
+    again = sum(shard.state == "failed" for shard in todo)
+    failed = sum(shard.state == "failed" for shard in shards) - again
+    tokens = sum(shard.tokens_to_capture for shard in todo)
+    seconds = [shard.estimated_seconds for shard in todo if shard.estimated_seconds is not None]
+    known = f", {_about(sum(seconds))}" if seconds else ""
+    lines = [
+        f"{len(todo):,} of {counted(len(shards), 'shard')} to capture"
+        + (f" ({again:,} of them failed before and will be tried again)" if again else "")
+        + f", {counted(tokens, 'token')} for the teacher{known}."
+    ]
+    if failed:
+        lines.append(f"{counted(failed, 'shard')} failed and cannot be captured until mended.")
+    if tokens and not seconds:
+        lines.append("Seconds are estimated from earlier captures; there is no estimate before the first capture.")
+    return lines
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds:,.0f} s" if seconds >= 1 else "less than 1 s"
+
+
+def status_table(shards: Sequence[ShardStatus], width: int) -> Table:
+    """Shards with the figures of their captures, and why those that are not current are not."""
+    return fitted_table(
+        [
+            Column("shard", [shard.shard for shard in shards]),
+            Column("role", [shard.role for shard in shards]),
+            Column("state", [shard.state for shard in shards], style_of=STATE_STYLES),
+            Column("examples", [_number(shard.examples) for shard in shards], right=True),
+            Column("tokens", [_number(shard.tokens) for shard in shards], right=True, spare=1),
+            Column("bytes/token", [_number(shard.bytes_per_token, 1) for shard in shards], right=True, spare=4),
+            Column("kept mass", [_number(shard.mean_kept_mass, 3) for shard in shards], right=True, spare=3),
+            Column("perplexity", [_number(shard.teacher_perplexity, 2) for shard in shards], right=True, spare=2),
+        ],
+        ["" if shard.state == "current" else shard.reason for shard in shards],
+        width,
+    )
+
+
+def asset_table(status: HomeStatus, width: int) -> Table:
+    """Assets with what they are, where they lie in the home, and why those that are not current are not."""
+    assets = status.assets
+    return fitted_table(
+        [
+            Column("asset", [asset.asset for asset in assets]),
+            Column("state", [asset.state for asset in assets], style_of=STATE_STYLES),
+            Column("version", [asset.version or "-" for asset in assets], spare=2),
+            Column(
+                "path in the home",
+                [os.path.relpath(asset.path, status.home) if asset.path else "-" for asset in assets],
+                spare=1,
+            ),
+        ],
+        [asset.reason for asset in assets],
+        width,
+    )
 
 
 def show_status(status: HomeStatus) -> None:
-    """Shards, then assets."""
-    shards = _table("shard", "role", "state", ">examples", ">tokens", ">bytes/token", ">kept mass", ">perplexity")
-    for shard in status.shards:
-        shards.add_row(
-            escape(shard.shard), shard.role, _state(shard.state), _number(shard.examples), _number(shard.tokens),
-            _number(shard.bytes_per_token, 1), _number(shard.mean_kept_mass, 3), _number(shard.teacher_perplexity, 2),
-        )  # fmt: skip
-    out.print(shards)
-    assets = _table("asset", "state", "version", "path")
-    for asset in status.assets:
-        assets.add_row(asset.asset, _state(asset.state), asset.version or "-", escape(asset.path or "-"))
+    """The home, its shards, its assets."""
+    out.print(f"[bold]home[/] {escape(status.home)}, [bold]capture[/] {status.capture_id}\n", soft_wrap=True)
+    out.print(status_table(status.shards, out.width))
     out.print()
-    out.print(assets)
+    out.print(asset_table(status, out.width))
 
 
 def show_run(report: RunReport) -> None:
@@ -147,14 +261,15 @@ def show_run(report: RunReport) -> None:
             else ""
         )
         out.print(
-            f"Captured {len(report.captured_shards)} shards: {report.rows_captured:,} rows through the teacher "
-            f"({report.tokens_captured:,} tokens{speed}), {report.rows_reused:,} rows reused. "
+            f"Captured {counted(len(report.captured_shards), 'shard')}: "
+            f"{counted(report.rows_captured, 'row')} through the teacher "
+            f"({counted(report.tokens_captured, 'token')}{speed}), {counted(report.rows_reused, 'row')} reused. "
             f"{report.seconds:,.1f} s in all."
         )
     if catalog := report.catalog:
         out.print(
-            f"Catalog: {catalog['shards']} shards, {catalog['examples']:,} examples, "
-            f"{catalog['supervised_tokens']:,} scored positions, {catalog['bytes_per_token']:.1f} bytes each, "
+            f"Catalog: {counted(catalog['shards'], 'shard')}, {counted(catalog['examples'], 'example')}, "
+            f"{counted(catalog['supervised_tokens'], 'scored position')}, {catalog['bytes_per_token']:.1f} bytes each, "
             f"{catalog['mean_kept_ids']:.1f} ids and {catalog['mean_kept_mass']:.1%} of the mass kept."
         )
     if report.evaluation:
@@ -166,12 +281,24 @@ def show_run(report: RunReport) -> None:
 
 def show_next_steps(home: Home, is_default: bool) -> None:
     """Where to look after the demo."""
-    option = "" if is_default else f" --home {home.root}"
-    out.print("\nNext:")
-    out.print("  open the report above in a browser")
-    out.print(f'  distill sql "SELECT shard, examples, tokens FROM captures ORDER BY shard"{option}')
-    out.print(f"  edit a shard in {home.root / 'shards'}, then distill plan{option} and distill run{option}")
-    out.print(f"  distill ui{option}   (the asset graph in a browser)")
+    distill, option = command_name(), "" if is_default else f" --home {shlex.quote(str(home.root))}"
+    for line in (
+        "\nNext:",
+        "  open the report above in a browser",
+        f'  {distill} sql "SELECT shard, examples, tokens FROM captures ORDER BY shard"{option}',
+        f"  edit a shard in {home.root / 'shards'}, then {distill} plan{option} and {distill} run{option}",
+        f"  {distill} ui{option}   (the asset graph in a browser)",
+    ):
+        out.print(escape(line), soft_wrap=True)
+
+
+def command_name() -> str:
+    """`distill`, or where it lies if the shell would not find it: `make` starts it by its path."""
+    installed = Path(sys.executable).with_name("distill")
+    if shutil.which("distill") or not installed.exists():
+        return "distill"
+    here = Path.cwd()
+    return shlex.quote(str(installed.relative_to(here) if installed.is_relative_to(here) else installed))
 
 
 def show_tokenizer_report(report: TokenizerReport) -> None:

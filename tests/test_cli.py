@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,10 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from tests import tiny
 
@@ -59,6 +65,25 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> tupl
     return root, answer("run", "--device", "cpu", home=root)
 
 
+@pytest.fixture
+def fresh(made: tuple[Path, dict[str, Any]]) -> Iterator[Path]:
+    """The home that was run once, put back as it was afterwards."""
+    root, _ = made
+    backup = root.with_name("backup")
+    shutil.copytree(root, backup)
+    yield root
+    shutil.rmtree(root)
+    backup.rename(root)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every result that must survive a failure, byte for byte."""
+    results = [root / "catalog.duckdb"]
+    for folder, ending in (("captures", "*.parquet"), ("students", "*"), ("reports", "*")):
+        results += (root / folder).rglob(ending)
+    return {str(path.relative_to(root)): path.read_bytes() for path in results if path.is_file()}
+
+
 def test_run_answers_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
     root, ran = made
     assert ran["captured_shards"] == ["heldout", "s0", "s1"]
@@ -82,7 +107,8 @@ def test_plan_status_and_a_second_run(made: tuple[Path, dict[str, Any]]) -> None
     } <= (set(planned[0]))
     assert {p["state"] for p in planned} == {"current"}
     status = answer("status", home=root)
-    assert {a["state"] for a in status["assets"]} == {"current"}
+    assert {(a["state"], a["reason"]) for a in status["assets"]} == {("current", "")}
+    assert all(Path(a["path"]).exists() for a in status["assets"])
     again = answer("run", "--device", "cpu", home=root)
     assert again["captured_shards"] == [] and again["student_id"] == ran["student_id"]
     assert "nothing was run" in distill("run", home=root).stdout
@@ -101,7 +127,8 @@ def test_export_writes_one_shard_or_all(made: tuple[Path, dict[str, Any]], tmp_p
     root, _ = made
     assert answer("export", tmp_path / "all.jsonl", home=root)["rows"] == 18
     assert answer("export", tmp_path / "one.jsonl", "--shard", "s1", home=root)["rows"] == 6
-    assert "shard nope" in refusal("export", tmp_path / "none.jsonl", "--shard", "nope", home=root)
+    message = refusal("export", tmp_path / "none.jsonl", "--shard", "nope", home=root, code=2)
+    assert "there is no shard nope" in message and not (tmp_path / "none.jsonl").exists()
 
 
 def test_check_prints_the_verdict(made: tuple[Path, dict[str, Any]], tmp_path: Path, teacher_folder: Path) -> None:
@@ -154,17 +181,99 @@ def test_homes_that_are_not(tmp_path: Path, made: tuple[Path, dict[str, Any]], t
     assert "distill.yaml line" in refusal("plan", home=broken) and "targets.k" in refusal("plan", home=broken)
 
 
-def test_teachers_that_are_not(tmp_path: Path, teacher_folder: Path) -> None:
-    missing = tiny.make_home(tmp_path / "a", tmp_path / "nowhere")
-    assert "no folder at" in refusal("run", home=missing)
-    bare = tmp_path / "bare"
-    shutil.copytree(teacher_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    assert "no .safetensors in" in refusal("run", home=tiny.make_home(tmp_path / "b", bare))
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"teacher": {"model": "nowhere"}}, "no folder at"),
+        ({"teacher": {"model": "bare"}}, "no .safetensors in"),
+        ({"student": {"model": "other"}}, "are incompatible: "),
+        ({"targets": {"k": 5000}}, "targets.k is 5000, but"),
+    ],
+)
+def test_settings_that_cannot_be_used_leave_results_alone(
+    section: dict[str, dict[str, Any]], message: str, fresh: Path, teacher_folder: Path
+) -> None:
+    tiny.save_model(fresh / "other", tiny.train_tokenizer([t[::-1] for t in tiny.TEXT]))
+    shutil.copytree(teacher_folder, fresh / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = fresh / "distill.yaml"
+    settings = yaml.safe_load(file.read_text())
+    [(name, values)] = section.items()
+    settings[name] = values if name == "student" else {**settings[name], **values}
+    file.write_text(yaml.safe_dump(settings))
+    before = snapshot(fresh)
+    assert message in refusal("run", home=fresh)
+    assert snapshot(fresh) == before
 
 
-def test_a_device_that_is_not_there(tmp_path: Path, teacher_folder: Path) -> None:
+def test_a_home_that_lost_its_settings_keeps_its_results(fresh: Path) -> None:
+    (fresh / "distill.yaml").unlink()
+    before = snapshot(fresh)
+    assert "has no distill.yaml; `distill init" in refusal("run", home=fresh)
+    assert snapshot(fresh) == before
+
+
+def test_devices_that_are_not_there(tmp_path: Path, teacher_folder: Path) -> None:
     root = tiny.make_home(tmp_path / "home", teacher_folder, shards=1)
-    assert "device nonsense is not known" in refusal("run", "--device", "nonsense", home=root)
+    before = sorted(root.rglob("*"))
+    for wrong in ("nonsense", "cuda:", "cpu:0"):
+        assert f"device {wrong} is not known" in refusal("run", "--device", wrong, home=root, code=2)
+    assert sorted(root.rglob("*")) == before
+    assert "device cuda:99 was asked for, but" in refusal("run", "--device", "cuda:99", home=root)
+
+
+BAD_SHARDS = {
+    "empty.jsonl": b"",
+    "cut.jsonl": b'{"text": "whole"}\n{"prompt": "cut off',
+    "kind.jsonl": b'{"text": "a", "messages": []}\n',
+    "latin.jsonl": b'{"text": "caf\xe9"}\n',
+    "two.jsonl": b'{"text": "a"}\n',
+    "two.txt": b"a\n",
+    "..dots.jsonl": b'{"text": "a"}\n',
+}
+WHAT_IS_WRONG = {
+    "empty": "has no rows to learn from",
+    "cut": "line 2: not valid JSON",
+    "kind": "line 1: a row must be of one kind",
+    "latin": "line 1: not UTF-8: byte 0xe9",
+    "two": "two.jsonl and shards/two.txt have the same key; rename all but one",
+    "..dots": "begins with a dot; rename the file",
+}
+
+
+def test_bad_shards_fail_by_name_and_leave_results_alone(fresh: Path, tmp_path: Path) -> None:
+    for name, content in BAD_SHARDS.items():
+        (fresh / "shards" / name).write_bytes(content)
+    before = snapshot(fresh)
+    failed = answer("run", "--device", "cpu", home=fresh, code=1)
+    assert failed["captured_shards"] == [] and failed["student_id"] is None
+    assert failed["failures"].keys() == WHAT_IS_WRONG.keys()
+    for key, reason in WHAT_IS_WRONG.items():
+        assert reason in failed["failures"][key] and "\n" not in failed["failures"][key]
+    assert "no student was trained" in failed["error"] and len(failed["error"].splitlines()) == 2
+    assert snapshot(fresh) == before
+
+    states = {p["shard"]: p["state"] for p in answer("plan", home=fresh)["shards"]}
+    assert {key for key, state in states.items() if state == "failed"} == WHAT_IS_WRONG.keys()
+    shown = distill("plan", home=fresh).stdout
+    assert "0 of 9 shards to capture" in shown and "6 shards failed and cannot be captured until mended" in shown
+    message = refusal("export", tmp_path / "none.jsonl", "--shard", "cut", home=fresh, code=1)
+    assert "shard cut has no current capture" in message
+
+
+def test_odd_names_and_a_huge_row_are_captured(fresh: Path) -> None:
+    """A row of 5 MB is cut at `data.max_length` and counted; the key is the name as it is written."""
+    names = ["with space", 'it\'s "quoted"', "big"]
+    for i, name in enumerate(names[:2]):
+        tiny.write_jsonl(fresh / "shards" / f"{name}.jsonl", tiny.example_rows(2, start=600 + 10 * i))
+    huge = {"text": "The cat sat on the mat. " * 210_000}
+    tiny.write_jsonl(fresh / "shards" / "big.jsonl", [huge, {"text": "A cat."}])
+    options = [part for name in names for part in ("--shard", name)]
+    ran = answer("run", "--device", "cpu", *options, home=fresh)
+    assert sorted(ran["captured_shards"]) == sorted(names) and ran["rows_captured"] == 6
+    query = "SELECT shard, examples, tokens, truncated_rows FROM captures WHERE shard NOT IN ('heldout', 's0', 's1')"
+    found = {row["shard"]: row for row in answer("sql", query, home=fresh)["rows"]}
+    assert found.keys() == set(names) and found["big"]["truncated_rows"] == 1
+    assert found["big"]["examples"] == 2 and 64 < found["big"]["tokens"] < 80
 
 
 def test_a_bad_shard_fails_the_run_and_keeps_the_others(tmp_path: Path, teacher_folder: Path) -> None:
@@ -175,21 +284,48 @@ def test_a_bad_shard_fails_the_run_and_keeps_the_others(tmp_path: Path, teacher_
     assert failed["captured_shards"] == ["heldout", "s1"] and list(failed["failures"]) == ["s0"]
     assert "s0" in failed["error"] and "line 7" in failed["error"]
     assert failed["student_id"] is None and not (root / "students").exists()
-    assert {p["shard"]: p["state"] for p in answer("plan", home=root)["shards"]}["s0"] == "failed"
+    status = answer("status", home=root)
+    assert {s["shard"]: s["state"] for s in status["shards"]}["s0"] == "failed"
+    assert {a["asset"]: (a["state"], a["reason"]) for a in status["assets"]} == {
+        "tokenizer_compatibility": ("current", ""),
+        "teacher_capture": ("failed", "1 shard failed"),
+        "capture_catalog": ("stale", "teacher_capture is not current"),
+        "student_model": ("missing", "never made"),
+        "control_student": ("missing", "never made"),
+        "student_evaluation": ("missing", "never made"),
+    }
+
+
+def start_run(root: Path) -> subprocess.Popen[str]:
+    """`distill run` in a process group of its own, as a terminal's foreground job."""
+    return subprocess.Popen(
+        [*DISTILL, "run", "--device", "cpu", "--home", str(root)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> str:
+    """Signal the whole group, as a terminal does; what was said from then on, of which the end must be our one line."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    said = [line for line in stderr.splitlines() if not line.startswith("•")]
+    assert len(said) == 1 and said[0].startswith("error: interrupted"), stderr
+    assert psutil.wait_procs(children, timeout=15)[1] == []
+    return stderr
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, teacher_folder: Path) -> None:
     root = tiny.make_home(tmp_path / "home", teacher_folder, shards=40, rows=20, training={"epochs": 200})
-    process = subprocess.Popen(
-        [*DISTILL, "run", "--device", "cpu", "--home", str(root)], stderr=subprocess.PIPE, text=True
-    )
+    process = start_run(root)
     deadline = time.monotonic() + 120
     while not list((root / "captures").rglob("[!.]*@*.parquet")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "interrupted" in stderr and "Traceback" not in stderr
+    press_ctrl_c(process)
     kept = list((root / "captures").rglob("*.parquet"))
     assert kept and not list((root / "captures").rglob(".partial*"))
     planned = answer("plan", home=root)["shards"]
@@ -198,9 +334,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, teacher_folder: Path) ->
 
 def test_ctrl_c_in_training_leaves_no_student(tmp_path: Path, teacher_folder: Path) -> None:
     root = tiny.make_home(tmp_path / "home", teacher_folder, shards=1, rows=40, training={"epochs": 5000})
-    process = subprocess.Popen(
-        [*DISTILL, "run", "--device", "cpu", "--home", str(root)], stderr=subprocess.PIPE, text=True
-    )
+    process = start_run(root)
     assert process.stderr is not None
     seen = ""
     while "student_model" not in seen:
@@ -208,11 +342,58 @@ def test_ctrl_c_in_training_leaves_no_student(tmp_path: Path, teacher_folder: Pa
         assert line, seen
         seen += line
     time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 1 and "interrupted" in rest and "Traceback" not in rest
-    assert not list((root / "students").glob("*"))
+    before = snapshot(root)
+    press_ctrl_c(process)
+    assert snapshot(root) == before and not list((root / "students").glob("*"))
     assert {p["state"] for p in answer("plan", home=root)["shards"]} == {"current"}
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_the_ui_ends_with_all_its_children(how: str, tmp_path: Path, teacher_folder: Path) -> None:
+    """Started with SIGINT ignored, as a script's background job is."""
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=1)
+    port = free_port()
+    command = shlex.join([*DISTILL, "ui", "--home", str(root), "--port", str(port)])
+    with (tmp_path / "ui.log").open("w") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", f"trap '' INT; exec {command}"], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for_server(port, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 3
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=15) == 0
+        assert psutil.wait_procs(children, timeout=15)[1] == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+    said = (tmp_path / "ui.log").read_text()
+    assert "Traceback" not in said and "SupersessionWarning" not in said
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_server(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.3)
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -220,3 +401,7 @@ def test_every_command_is_in_the_readme() -> None:
     for command in ("demo", "init", "env", "check", "plan", "run", "status", "sql", "export", "report", "ui"):
         assert f"distill {command}" in readme
         assert "Usage" in distill(command, "--help").stdout
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert distill("--version").stdout == f"distill_assets {version('distill_assets')}\n"

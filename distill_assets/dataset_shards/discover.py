@@ -105,7 +105,10 @@ def key_problem(key: str) -> str | None:
 
 
 def _matching_files(root: Path, pattern: str) -> list[Path]:
-    """Everything matched but folders and hidden names, unless the pattern itself names a hidden folder."""
+    """Everything matched but folders and hidden names, unless the pattern itself names a hidden folder.
+
+    Two dots hide nothing on purpose: such a name is looked at, and refused aloud.
+    """
     named = set(PurePath(pattern).parts[:-1])
     try:
         matches = sorted(root.glob(pattern))
@@ -114,9 +117,13 @@ def _matching_files(root: Path, pattern: str) -> list[Path]:
     return [
         path
         for path in matches
-        if not any(part.startswith(".") and part not in named for part in path.relative_to(root).parts)
+        if not any(_is_hidden(part) and part not in named for part in path.relative_to(root).parts)
         and not path.is_dir()
     ]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") and not name.startswith("..")
 
 
 def _ending(name: str) -> str | None:

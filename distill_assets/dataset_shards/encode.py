@@ -177,9 +177,11 @@ def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
     if bad_rows and not encoder.skips_bad_rows:
         raise ShardError(_bad_row_message(shard, bad_rows))
     if not rows:
+        left_out = (
+            f": {len(bad_rows)} bad, {n_without_target} without a target token" if bad_rows or n_without_target else ""
+        )
         raise ShardError(
-            f"shard {shard.key} ({shard.path}) has no rows to learn from: {len(bad_rows)} bad, "
-            f"{n_without_target} without a target token; add rows, or remove the file"
+            f"shard {shard.key} ({shard.path}) has no rows to learn from{left_out}; add rows, or remove the file"
         )
     return EncodedShard(tuple(rows), tuple(bad_rows), n_without_target, sum(row.truncated for row in rows))
 

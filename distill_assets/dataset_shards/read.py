@@ -69,7 +69,7 @@ def _parse_json(line: int, content: bytes) -> Row | BadRow:
         return parse_row(line, json.loads(_decode(content)))
     except json.JSONDecodeError as error:
         cut = "" if content.endswith(b"\n") else "; the file ends in this line without a line break: is it cut off?"
-        return BadRow(line, f"not valid JSON ({error.msg} at character {error.pos + 1}){cut}")
+        return BadRow(line, f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1}){cut}")
     except ValueError as error:  # not UTF-8, or a number of thousands of digits
         return BadRow(line, str(error))
     except RecursionError:

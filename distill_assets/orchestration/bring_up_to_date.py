@@ -47,11 +47,6 @@ class RunReport:
     report: str | None = None
     seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, and `error` when shards failed."""
-        values = dict(vars(self))
-        return values | ({"error": self._failure_message()} if self.failures else {})
-
     def _failure_message(self) -> str:
         first, *others = self.failures.values()
         more = f" (and {len(others)} more; `distill plan` lists them)" if others else ""

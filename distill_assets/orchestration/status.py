@@ -1,12 +1,21 @@
 """The state of a home's shards and assets, for people."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from distill_assets.foundation.errors import DistillError, StaleInputs
+from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from distill_assets.student_evaluation.report import HTML_FILE
+from distill_assets.student_model.identity import StudentKind
+from distill_assets.student_model.saving import read_student
+from distill_assets.teacher_capture.plan import CapturePlan
+
+AssetState = Literal["current", "stale", "missing", "failed", "off"]
+KINDS: Mapping[str, StudentKind] = {"student_model": "student", "control_student": "control"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,15 @@ class ShardStatus:
 
 @dataclass(frozen=True)
 class AssetStatus:
-    """One asset: `current`, `stale`, `off`, or `failed` with the reason as its path."""
+    """One asset. `stale`: made, but not from what is there now; `missing`: never made.
+
+    `reason` is empty where it is current. `version` is what would be made now, None while an input is
+    not current; `path` is None where nothing lies.
+    """
 
     asset: str
-    state: str
+    state: AssetState
+    reason: str
     version: str | None
     path: str | None
 
@@ -48,10 +62,11 @@ def home_status(pipeline: Pipeline) -> HomeStatus:
     """Compare what is there with what would be made now; runs nothing."""
     roles = {shard.key: shard.role for shard in pipeline.discovery.shards}
     captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
+    plan = pipeline.plan()
     shards = []
-    for plan in pipeline.plan().shards:
-        status = ShardStatus(plan.shard, roles.get(plan.shard, "-"), plan.state, plan.reason)
-        if capture := captures.get(plan.shard):
+    for planned in plan.shards:
+        status = ShardStatus(planned.shard, roles.get(planned.shard, "-"), planned.state, planned.reason)
+        if capture := captures.get(planned.shard):
             status = replace(
                 status,
                 examples=capture.stats.rows,
@@ -66,22 +81,86 @@ def home_status(pipeline: Pipeline) -> HomeStatus:
         home=str(pipeline.home.root),
         capture_id=pipeline.spec.capture_id,
         shards=tuple(shards),
-        assets=tuple(_asset_status(states, asset) for asset in INPUTS),
+        assets=tuple(_asset_status(states, asset, plan) for asset in INPUTS),
     )
 
 
-def _asset_status(states: AssetStates, asset: str) -> AssetStatus:
+def _asset_status(states: AssetStates, asset: str, plan: CapturePlan) -> AssetStatus:
+    if asset == "control_student" and not states.pipeline.settings.control:
+        return AssetStatus(asset, "off", "control is false in distill.yaml", None, None)
     try:
-        if asset == "control_student" and not states.pipeline.settings.control:
-            return AssetStatus(asset, "off", None, None)
-        current = states.is_current(asset) and not states.stale_inputs(asset)
-        version = states.pipeline.spec.capture_id if asset == "teacher_capture" else states.data_version(asset)
-        return AssetStatus(asset, "current" if current else "stale", version, _path(states, asset))
+        stale_inputs = states.stale_inputs(asset)
+        state, reason = _state(states, asset, stale_inputs, plan)
+        version = path = None
+        if asset == "teacher_capture":
+            version = states.pipeline.spec.capture_id
+        elif not stale_inputs:  # what it would be is known only when its inputs are
+            version = states.data_version(asset)
+        if asset in ("tokenizer_compatibility", "teacher_capture", "capture_catalog") or not stale_inputs:
+            path = _path(states, asset)
     except DistillError as error:
-        return AssetStatus(asset, "failed", None, str(error))
+        return AssetStatus(asset, "failed", str(error), None, None)
+    return AssetStatus(asset, state, reason, version, str(path) if path and path.exists() else None)
 
 
-def _path(states: AssetStates, asset: str) -> str:
+def _state(states: AssetStates, asset: str, stale_inputs: Sequence[str], plan: CapturePlan) -> tuple[AssetState, str]:
+    """The state of an asset and the reason, "" where it is current."""
+    if asset == "tokenizer_compatibility" and (refusal := _refusal(states.pipeline)):
+        return "failed", refusal
+    if states.is_current(asset) and not stale_inputs:
+        return "current", ""
+    if asset == "teacher_capture" and (failed := sum(shard.state == "failed" for shard in plan.shards)):
+        return "failed", f"{_shards(failed)} failed"
+    if asset in KINDS and not stale_inputs and (folder := _path(states, asset)).exists():
+        read_student(folder)  # there, but not whole: the error says what is wrong with it
+    if not _ever_made(states.pipeline, asset):
+        return "missing", "never made"
+    return "stale", f"{stale_inputs[0]} is not current" if stale_inputs else _why_stale(states, asset)
+
+
+def _refusal(pipeline: Pipeline) -> str:
+    """Why the tokenizer report of this very pair says that it cannot be used, or ""."""
+    if not pipeline.tokenizer_report_is_current:
+        return ""
+    report = json.loads(pipeline.home.tokenizer_report.read_text(encoding="utf-8"))
+    return "" if report["usable"] else f"{report['verdict']}: {'; '.join(report['reasons'])}"
+
+
+def _why_stale(states: AssetStates, asset: str) -> str:
+    if asset == "teacher_capture":
+        missing = len(states.pipeline.uncaptured)
+        return f"{_shards(missing)} {'has' if missing == 1 else 'have'} no current capture"
+    if asset == "capture_catalog":
+        return "captures changed since, or the home was moved"
+    return "settings or data changed since"
+
+
+def _ever_made(pipeline: Pipeline, asset: str) -> bool:
+    """Whether any version of the asset is there."""
+    home = pipeline.home
+    if asset in KINDS:
+        return any(_kind(folder) == KINDS[asset] for folder in home.students.glob("*"))
+    found = {
+        "tokenizer_compatibility": lambda: home.tokenizer_report.exists(),
+        "teacher_capture": lambda: any(pipeline.store.known_shards(i) for i in pipeline.store.capture_ids()),
+        "capture_catalog": lambda: home.catalog.exists(),
+        "student_evaluation": lambda: any(home.reports.glob(f"*/{HTML_FILE}")),
+    }
+    return found[asset]()
+
+
+def _kind(folder: Path) -> StudentKind | None:
+    try:
+        return read_student(folder).spec.kind
+    except TrainingError:
+        return None
+
+
+def _shards(n: int) -> str:
+    return f"{n} shard" if n == 1 else f"{n} shards"
+
+
+def _path(states: AssetStates, asset: str) -> Path:
     home, students = states.pipeline.home, states.students
     paths = {
         "tokenizer_compatibility": lambda: home.tokenizer_report,
@@ -91,7 +170,7 @@ def _path(states: AssetStates, asset: str) -> str:
         "control_student": lambda: students.folder("control"),
         "student_evaluation": lambda: students.report_folder / HTML_FILE,
     }
-    return str(paths[asset]())
+    return paths[asset]()
 
 
 def latest_report(pipeline: Pipeline) -> tuple[Path, bool]:

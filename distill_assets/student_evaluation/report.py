@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined, Template
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,6 @@ from distill_assets.student_evaluation.bootstrap import REPLICATES
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import TEACHER, Scope
 from distill_assets.student_evaluation.metrics import METRICS
-from distill_assets.student_evaluation.plots import Curve, draw_pictures
 from distill_assets.student_evaluation.samples import Ranked, Sample
 from distill_assets.student_evaluation.wording import (
     difference_rows,
@@ -29,6 +28,9 @@ from distill_assets.student_evaluation.wording import (
     verdict,
     write_estimate,
 )
+
+if TYPE_CHECKING:
+    from distill_assets.student_evaluation.plots import Curve
 
 REPORT_VERSION = 1  # part of a report's identity: raised when figures would come out differently
 HTML_FILE, JSON_FILE, SUMMARY_FILE = "report.html", "report.json", "summary.md"
@@ -85,6 +87,9 @@ def write_report(
 
     `curves` are training curves by model: mappings with `step` and losses such as `ce` and `kd`.
     """
+    # matplotlib takes most of a second, and whoever only asks for a report's name draws nothing.
+    from distill_assets.student_evaluation.plots import draw_pictures
+
     pictures = draw_pictures(evaluation, curves)
     samples = [describe_sample(sample, tokenizer) for sample in evaluation.samples]
     page = _template().render(

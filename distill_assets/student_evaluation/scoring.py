@@ -98,7 +98,7 @@ def score_model(
         _require_finite(parts[-1], batch_rows, name)
         order += [np.arange(offsets[i], offsets[i + 1]) for i in chosen]
         done += sum(counts[i] for i in chosen)
-        on_progress(Progress(f"evaluate {name}", done, int(offsets[-1]), "position", time.monotonic() - began))
+        on_progress(Progress(f"evaluate {name}", done, int(offsets[-1]), "positions", time.monotonic() - began))
     return _joined(parts, np.argsort(np.concatenate(order)))
 
 

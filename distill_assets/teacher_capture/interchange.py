@@ -18,7 +18,8 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     """Write captures as `{"input_ids":[T], "topk_ids":[T lists], "topk_logprobs":[T lists], ...}`.
 
     Log-probabilities are as stored. Positions that were not scored, and the last, are `[]` (null
-    in the lists of one number a position). One shard is in memory at a time; the file appears whole
+    in the lists of one number a position). `id` and `weight` are written where a row has one; a
+    weight of 1 is left out. One shard is in memory at a time; the file appears whole
     or not at all. Returns the number of rows written.
     """
     rows = 0
@@ -49,7 +50,11 @@ def _as_object(row: CapturedRow) -> dict[str, Any]:
         loss_mask[t + 1] = 1
     line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "topk_ids": topk_ids, "topk_logprobs": topk_logprobs}
     line |= numbers | {"loss_mask": loss_mask}
-    return line | ({"id": row.id} if row.id is not None else {})
+    if row.id is not None:
+        line["id"] = row.id
+    if row.weight != 1:
+        line["weight"] = _short(np.float32(row.weight))
+    return line
 
 
 def _short(value: np.float32) -> float:

@@ -24,7 +24,7 @@ State = Literal["failed", "new", "settings_changed", "changed", "removed", "curr
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard's state. Estimates are None where no capture under this teacher exists to go by."""
+    """One shard's state. Estimates are None where no earlier capture exists to go by."""
 
     shard: str
     state: State
@@ -34,6 +34,11 @@ class ShardPlan:
     tokens_to_capture: int
     estimated_bytes: int | None = None
     estimated_seconds: float | None = None
+
+    @property
+    def is_to_capture(self) -> bool:
+        """Whether a run would capture it. What failed before is tried again, unless its rows cannot be read at all."""
+        return self.rows is not None and self.state != "current"
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _plan_shard(
     spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History, experience: _Experience
 ) -> ShardPlan:
     try:
-        if current := store.find(spec.capture_id, shard.key, shard.version):
+        if current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows):
             return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
     except CaptureError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
@@ -133,7 +138,7 @@ def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History
 
 
 def _experience(spec: CaptureSpec, store: CaptureStore) -> _Experience:
-    """Bytes a token from captures under this identity, else any; speed from whatever the teacher ran last."""
+    """Bytes a token and teacher speed, from the captures under this identity, else from all there are."""
     own = list(_readable(store.files(spec.capture_id).values()))
     others = [] if own else [c for i in store.capture_ids() for c in _readable(store.files(i).values())]
     seen = own or others

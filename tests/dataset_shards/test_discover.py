@@ -122,6 +122,13 @@ def test_a_refused_name_holds_nothing_back_and_can_be_printed(root: Path) -> Non
         assert "\n" not in problem.message
 
 
+def test_a_name_that_begins_with_two_dots_is_refused_and_not_hidden(root: Path) -> None:
+    put(root, "..x.jsonl")
+    put(root, ".x.jsonl")
+    [problem] = discover(root).problems
+    assert problem.key == "..x" and "begins with a dot; rename the file" in problem.message
+
+
 def test_a_damaged_or_missing_file_is_a_problem_of_its_key(root: Path) -> None:
     put(root, "cut.jsonl.gz", gzip.compress(LINE * 100)[:-12])
     (root / "shards" / "gone.jsonl").symlink_to(root / "nowhere.jsonl")

@@ -122,6 +122,11 @@ def test_jsonl_names_the_line_of_what_is_wrong(tmp_path: Path) -> None:
     assert "cut off" in reasons[5]
 
 
+def test_a_place_in_the_line_is_given_once(tmp_path: Path) -> None:
+    [bad] = jsonl(tmp_path, b'{"text": "a\tb"}\n')
+    assert isinstance(bad, BadRow) and bad.reason == "not valid JSON (Invalid control character at character 12)"
+
+
 def test_compressed_files_read_like_plain_ones(tmp_path: Path) -> None:
     content = "".join(json.dumps(values) + "\n" for values, _ in ROWS).encode()
     path = tmp_path / "z.jsonl.zst"

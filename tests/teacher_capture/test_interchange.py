@@ -10,6 +10,7 @@ import pytest
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.interchange import export_jsonl
 from distill_assets.teacher_capture.store import read_rows
+from tests import tiny
 from tests.bench import Bench
 
 
@@ -43,3 +44,16 @@ def test_a_failed_export_leaves_the_old_file(bench: Bench, tmp_path: Path) -> No
     with pytest.raises(Exception, match="damaged or unreadable"):
         export_jsonl([capture], out)
     assert out.read_bytes() == before and [p.name for p in tmp_path.glob("*out*")] == ["out.jsonl"]
+
+
+def test_a_weight_is_written_unless_it_is_one(bench: Bench, tmp_path: Path) -> None:
+    rows = [
+        row | {"id": str(i), "weight": w}
+        for i, (row, w) in enumerate(zip(tiny.example_rows(3), (1, 0.3, 0), strict=True))
+    ]
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", rows)
+    capture = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    export_jsonl([capture], tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["id"]: line.get("weight") for line in lines} == {"0": None, "1": 0.3, "2": 0.0}
+    assert "weight" not in lines[0]

@@ -74,10 +74,21 @@ def test_a_renamed_file_is_removed_and_new_without_rows(bench: Bench) -> None:
 
 def test_what_cannot_be_read_or_failed_before_is_failed(bench: Bench) -> None:
     tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [{"nothing": 1}])
-    assert states(bench)["s0"] == "failed"
+    assert states(bench)["s0"] == "failed" and not plan(bench)["s0"].is_to_capture
     with pytest.raises(ShardError):
         capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu")
     (bench.home.root / "shards" / "s1.parquet").write_bytes(b"collides with s1.jsonl")
     found = plan(bench)
     assert found["s0"].state == found["s1"].state == "failed"
     assert "s1.parquet" in found["s1"].reason and "s1.jsonl" in found["s1"].reason
+
+
+def test_a_run_would_capture_what_is_not_current_and_can_be_read(bench: Bench) -> None:
+    assert all(p.is_to_capture for p in plan(bench).values())
+    capture_all(bench)
+    assert not any(p.is_to_capture for p in plan(bench, ("gone",)).values())
+    tiny.write_jsonl(bench.home.root / "shards" / "s1.jsonl", tiny.example_rows(2, start=700))
+    bench.store.record_failure(bench.spec.capture_id, "s1", bench.shards["s1"].version, "the disk was full")
+    again = plan(bench)["s1"]
+    assert (again.state, again.reason, again.rows_to_capture) == ("failed", "the disk was full", 2)
+    assert again.is_to_capture

@@ -1,0 +1,101 @@
+"""Tables that fit their terminal, and sentences that count rightly."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from distill_assets import terminal
+from distill_assets.orchestration.status import AssetStatus, HomeStatus, ShardStatus
+from distill_assets.teacher_capture.plan import ShardPlan
+
+LONG = "shard s1 (/home/me/shards/s1.jsonl) line 7: not valid JSON; mend it, or set data.on_bad_row: skip"
+PLANS = [
+    ShardPlan(
+        "docstrings-functions", "settings_changed", "captured before, but not under this capture", 23, 23, 12_345
+    ),
+    ShardPlan("s1", "failed", LONG, None, 0, 0),
+    ShardPlan("s2", "current", "captured as it is", 1_234, 0, 0),
+]
+
+
+def lines_of(table: Table, width: int) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_a_plan_fits_and_breaks_no_state_and_no_number(width: int) -> None:
+    lines = lines_of(terminal.plan_table(PLANS, width), width)
+    assert max(map(len, lines)) <= width
+    rows = {
+        name: next(line for line in lines if line.startswith(name)) for name in ("docstrings-functions", "s1", "s2")
+    }
+    assert rows["docstrings-functions"].split()[1] == "settings_changed"
+    assert "23" in rows["docstrings-functions"].split() and rows["s1"].split()[1] == "failed"
+    assert lines[1].endswith("why")
+    # Put together again, the folded reasons are whole.
+    at = lines[1].index("why")
+    assert LONG.replace(" ", "") in "".join(line[at:] for line in lines[2:]).replace(" ", "")
+
+
+def test_wide_terminals_show_every_column_and_narrow_ones_drop_the_estimate_first() -> None:
+    def headings(width: int) -> list[str]:
+        return lines_of(terminal.plan_table(PLANS, width), width)[1].split()
+
+    assert headings(160) == ["shard", "state", "rows", "capture", "capture", "(est.)", "why"]
+    assert headings(100) == ["shard", "state", "rows", "capture", "capture", "why"]
+    assert headings(80) == ["shard", "state", "capture", "why"]
+
+
+def test_a_name_wider_than_the_terminal_is_folded() -> None:
+    plan = ShardPlan("n" * 100, "new", "never captured", 1, 1, 10)
+    lines = lines_of(terminal.plan_table([plan], 80), 80)
+    assert max(map(len, lines)) <= 80 and "".join(lines).count("n" * 10) >= 5 and " new " in lines[2]
+
+
+def test_the_summary_counts_what_will_be_tried_and_what_cannot() -> None:
+    again = ShardPlan("s3", "failed", "disk was full", 5, 5, 100)
+    assert terminal.plan_summary([*PLANS, again]) == [
+        "2 of 4 shards to capture (1 of them failed before and will be tried again), 12,445 tokens for the teacher.",
+        "1 shard failed and cannot be captured until mended.",
+        "Seconds are estimated from earlier captures; there is no estimate before the first capture.",
+    ]
+    known = ShardPlan("s4", "changed", "-", 5, 1, 1, 10, 74.6)
+    assert terminal.plan_summary([known]) == ["1 of 1 shard to capture, 1 token for the teacher, about 75 s."]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_status_says_why_only_where_something_is_not_current(width: int) -> None:
+    shards = [ShardStatus("s0", "train", "current", "captured as it is", 6, 366, 50.4, 0.46, 2415.02)]
+    assets = [AssetStatus("teacher_capture", "current", "", "4c7b5749c841e832", "/a/home/captures/4c7b5749c841e832")]
+    assert "why" not in lines_of(terminal.status_table(shards, width), width)[0]
+    shown = lines_of(terminal.asset_table(HomeStatus("/a/home", "x", (), tuple(assets)), width), width)
+    assert "why" not in shown[0] and shown[1].split()[-1] == "captures/4c7b5749c841e832"
+    shards.append(ShardStatus("s1", "train", "failed", LONG))
+    assets.append(AssetStatus("capture_catalog", "stale", "teacher_capture is not current", None, None))
+    assert lines_of(terminal.status_table(shards, width), width)[0].endswith("why")
+    shown = lines_of(terminal.asset_table(HomeStatus("/a/home", "x", (), tuple(assets)), width), width)
+    assert shown[0].endswith("why") and shown[2].endswith("teacher_capture is not current")
+
+
+def test_one_is_singular_whichever_form_the_unit_came_in() -> None:
+    assert [terminal.counted(n, unit) for n in (0, 1, 1200) for unit in ("step", "steps")] == [
+        "0 steps", "0 steps", "1 step", "1 step", "1,200 steps", "1,200 steps",
+    ]  # fmt: skip
+
+
+def test_the_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = Path(sys.executable).with_name("distill")
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert terminal.command_name() == "distill"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert terminal.command_name() == str(installed)
+    monkeypatch.chdir(installed.parents[2])
+    assert terminal.command_name() == "/".join(installed.parts[-3:])
