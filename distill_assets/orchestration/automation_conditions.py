@@ -9,6 +9,7 @@ from dagster import AutomationCondition as Condition
 from distill_assets.foundation.errors import DistillError
 from distill_assets.foundation.home import find_home
 from distill_assets.orchestration.due import due
+from distill_assets.orchestration.instance import this_process
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 
@@ -24,7 +25,8 @@ class IsDue(dg.AutomationCondition[dg.AssetKey]):
 
     Dagster's own conditions know only its event log: not distill.yaml, not which files are there. This
     one asks the store, as `distill run` does, so that both do the same. What was requested is
-    remembered, so that a failed run is not requested again until its input changes.
+    remembered, so that a failed run is not requested again until its input changes, but only as long
+    as this process lives: whoever stops the web UI in the middle of a run finds it go on at the next start.
     """
 
     @property
@@ -39,7 +41,8 @@ class IsDue(dg.AutomationCondition[dg.AssetKey]):
             wanted = None
         if wanted is None:
             return dg.AutomationResult(context, context.get_empty_subset(), cursor=context.cursor)
-        before: dict[str, str] = json.loads(context.cursor or "{}")
+        memory = json.loads(context.cursor or "{}")
+        before: dict[str, str] = memory["requested"] if memory.get("process") == this_process() else {}
         requested = {key: version for key, version in before.items() if wanted.get(key) == version}
         candidates = context.candidate_subset
         if candidates.is_partitioned:
@@ -49,7 +52,8 @@ class IsDue(dg.AutomationCondition[dg.AssetKey]):
             now = set() if candidates.is_empty else wanted.keys() - requested.keys()
             subset = candidates if now else context.get_empty_subset()
         requested |= {key: wanted[key] for key in now}
-        return dg.AutomationResult(context, subset, cursor=json.dumps(requested))
+        memory = {"process": this_process(), "requested": requested}
+        return dg.AutomationResult(context, subset, cursor=json.dumps(memory))
 
 
 # In this order: what is running, or waits for an input that is running, is no candidate for `IsDue`.

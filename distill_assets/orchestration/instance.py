@@ -35,13 +35,18 @@ def open_instance(home: Home) -> dg.DagsterInstance:
         return dg.DagsterInstance.get()
 
 
+def this_process() -> str:
+    """`pid@when it began`: pids are used again."""
+    process = psutil.Process()
+    return f"{process.pid}@{process.create_time():.2f}"
+
+
 def process_tags(run_id: str) -> dict[str, str]:
-    """Who runs a run: this host, this process and when it began (pids are used again).
+    """Who runs a run: this host and this process.
 
     The run's id is part of it, for Dagster copies tags to a run that is executed again.
     """
-    process = psutil.Process()
-    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{run_id}@{process.pid}@{process.create_time():.2f}"}
+    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{run_id}@{this_process()}"}
 
 
 def mark_run(context: dg.AssetExecutionContext) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ from typing import Any, cast
 import dagster as dg
 import pytest
 import yaml
+from dagster._serdes import serialize_value
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
@@ -137,6 +140,37 @@ def test_a_failing_shard_is_tried_once_holds_back_the_students_and_recovers(daem
     assert ticks == [*FIRST_FILL[:3], []]  # tried with the others, not again, and no student on part of the data
     shard(daemon, "s0").write_text(good)
     assert daemon.settle() == [["teacher_capture[s0]"], *FIRST_FILL[2:]]
+
+
+NEXT_PROCESS = """
+import sys
+from pathlib import Path
+import dagster as dg
+from dagster._serdes import deserialize_value
+from distill_assets.definitions import defs
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.instance import open_instance
+
+with open_instance(Home(Path(sys.argv[1]))) as instance:
+    result = dg.evaluate_automation_conditions(defs, instance, cursor=deserialize_value(sys.stdin.read()))
+    print("requested", *sorted(result.get_requested_partitions(dg.AssetKey("teacher_capture"))))
+"""
+
+
+def test_another_process_asks_once_more_for_what_was_left_undone(daemon: Daemon) -> None:
+    daemon.watch()
+    shard(daemon, "s1").write_text("{not json\n")
+    ticks = [daemon.tick(), daemon.tick()]
+    assert ticks[-1] == FIRST_FILL[1] and "s1" not in recorded_versions(daemon.instance, "teacher_capture")
+    assert "teacher_capture[s1]" not in daemon.tick()
+    restarted = subprocess.run(
+        [sys.executable, "-c", NEXT_PROCESS, str(daemon.root)],
+        input=serialize_value(daemon.cursor),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert restarted.stdout.splitlines()[-1] == "requested s1"
 
 
 def test_incompatible_tokenizers_stop_everything_and_a_mended_pair_resumes(
