@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
+from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, encode_shard
 from distill_assets.foundation.errors import SHARD_FAILURES
-from distill_assets.foundation.language_model import forward_batch_tokens
+from distill_assets.foundation.language_model import forward_batch_tokens, resolve_device
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
+from distill_assets.teacher_capture.chunks import ChunkFolder, Figures, plan_chunks, total_stats
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import captured_targets
+from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import Capture, CaptureStore, CaptureWriter, read_capture
-from distill_assets.teacher_capture.teacher import Teacher, load_teacher
-
-CHUNK_TOKENS = 65_536  # tokens in one row group
+from distill_assets.teacher_capture.store import Capture, CaptureStore
+from distill_assets.teacher_capture.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def capture_shard(
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
     only if a row is left for it. `force` recaptures every row. What is wrong with the shard is recorded
     in the store under this content and raised; anything else (a device, a full disk) only raised. The
-    file appears whole or not at all.
+    file appears whole or not at all; a killed run goes on from its last finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
     try:
@@ -71,50 +71,59 @@ def _capture(
 ) -> CaptureReport:
     name = (spec.capture_id, shard.key, shard.version)
     encoded = encode_shard(shard, spec.encoder)
-    known = {} if force else captured_targets(store, spec.capture_id, {row.key for row in encoded.rows})
-    new = [row for row in encoded.rows if row.key not in known]
-    teacher = None
-    if new:
-        teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
+    budget = batch_tokens or forward_batch_tokens(resolve_device(device))
+    chunks = plan_chunks(encoded.rows, budget)
+    finished = ChunkFolder(store.unfinished(*name), spec.targets.precision)
+    if force:
+        finished.clear()
 
-    started = time.monotonic()
-    n_tokens = sum({row.key: len(row.input_ids) for row in new}.values())
-    with store.writing(*name, spec.targets.precision) as writer:
-        done = 0
-        for start, chunk in _chunks(encoded.rows):
-            fresh = {row.key: row for row in chunk if row.key not in known}
-            for key, targets in _score(teacher, list(fresh.values()), spec, batch_tokens):
-                known[key] = targets
-                done += len(fresh[key].input_ids)
-                seconds = time.monotonic() - started
-                on_progress(Progress(f"teacher on {shard.key}", done, n_tokens, "tokens", seconds))
-            writer.write(_captured(start + i, row, known[row.key]) for i, row in enumerate(chunk))
-        _finish(writer, spec, shard, encoded, new, time.monotonic() - started)
+    def places(rows: Sequence[EncodedRow]) -> dict[str, Place]:
+        """Where rows are captured already; `force` trusts only what this run made."""
+        keys = {row.key for row in rows}
+        if force:
+            return held(finished.folder, finished.files(), keys)
+        return captured_keys(store, spec.capture_id, keys)
+
+    todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
+    rows_todo = [row for chunk in todo for row in chunk.rows]
+    known = places(rows_todo)
+    meter = _Meter(shard.key, {row.key: len(row.input_ids) for row in rows_todo if row.key not in known}, on_progress)
+    for chunk in todo:
+        began = time.monotonic()
+        targets = targets_at(places(chunk.rows))
+        fresh = list({row.key: row for row in chunk.rows if row.key not in targets}.values())
+        if fresh:
+            teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
+            began = time.monotonic()
+            for i, scored in score_rows(teacher, fresh, spec.targets, budget):
+                targets[fresh[i].key] = scored
+                meter.count(fresh[i].key)
+        rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
+        tokens = sum(len(row.input_ids) for row in fresh)
+        finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began))
+    capture = store.publish(
+        finished.tables(chunks),
+        spec.targets.precision,
+        _footer(spec, shard),
+        total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target),
+    )
+    finished.clear()
     return CaptureReport(
-        read_capture(store.path_of(*name)),
-        written=True,
-        bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows),
+        capture, written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
     )
 
 
-def _chunks(rows: Sequence[EncodedRow]) -> Iterator[tuple[int, Sequence[EncodedRow]]]:
-    """(first row, rows) of at most CHUNK_TOKENS tokens, planned from the rows alone."""
-    start = tokens = 0
-    for i, row in enumerate(rows):
-        if tokens and tokens + len(row.input_ids) > CHUNK_TOKENS:
-            yield start, rows[start:i]
-            start, tokens = i, 0
-        tokens += len(row.input_ids)
-    yield start, rows[start:]
+class _Meter:
+    """Tells a listener how many tokens the teacher has seen of those it must see."""
 
+    def __init__(self, shard: str, lengths: Mapping[str, int], on_progress: ProgressListener) -> None:
+        self._shard, self._lengths, self._on_progress = shard, lengths, on_progress
+        self._total, self._done, self._started = sum(lengths.values()), 0, time.monotonic()
 
-def _score(
-    teacher: Teacher | None, rows: Sequence[EncodedRow], spec: CaptureSpec, batch_tokens: int | None
-) -> Iterator[tuple[str, SparseTargets]]:
-    if teacher is not None:
-        budget = batch_tokens or forward_batch_tokens(teacher.device)
-        for i, targets in score_rows(teacher, rows, spec.targets, budget):
-            yield rows[i].key, targets
+    def count(self, key: str) -> None:
+        self._done += self._lengths.get(key, 0)
+        seconds = time.monotonic() - self._started
+        self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds))
 
 
 def _captured(number: int, row: EncodedRow, targets: SparseTargets) -> CapturedRow:
@@ -129,24 +138,8 @@ def _captured(number: int, row: EncodedRow, targets: SparseTargets) -> CapturedR
     )
 
 
-def _finish(
-    writer: CaptureWriter,
-    spec: CaptureSpec,
-    shard: Shard,
-    encoded: EncodedShard,
-    new: Sequence[EncodedRow],
-    seconds: float,
-) -> None:
-    scored = {row.key: len(row.input_ids) for row in new}  # a repeated row is scored once
-    stats = writer.meter.stats(
-        bad_rows=len(encoded.bad_rows),
-        rows_without_target=encoded.n_without_target,
-        rows_captured=len(scored),
-        rows_reused=len(encoded.rows) - len(scored),
-        tokens_captured=sum(scored.values()),
-        seconds=seconds,
-    )
-    footer = {
+def _footer(spec: CaptureSpec, shard: Shard) -> dict[str, Any]:
+    return {
         "format_version": spec.identity["format"],
         "capture_id": spec.capture_id,
         "shard": shard.key,
@@ -155,4 +148,3 @@ def _finish(
         "teacher": {"name": spec.teacher.name, "revision": spec.teacher.revision},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    writer.finish(footer, stats)

@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
-from distill_assets.teacher_capture.store import CaptureStore, read_row_keys, read_rows
+from distill_assets.teacher_capture.store import CaptureStore, RowKey, read_row_group, read_row_keys
+
+Place = tuple[Path, int]  # a file and its row group
 
 
 class _KeyIndex:
-    """Row key -> a file that holds it, for one capture identity; a file is read once a process."""
+    """Row key -> where it is held; a file's keys are read once a process."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[int, int]] = {}
-        self._holders: dict[str, Path] = {}
+        self._files: dict[Path, tuple[tuple[int, int], list[RowKey]]] = {}
+        self._places: dict[str, Place] = {}
 
-    def look_at(self, files: Collection[Path]) -> None:
+    def look_at(self, paths: Collection[Path]) -> None:
         """Take in files that are new or were replaced, and forget those that are gone."""
-        signatures = {path: (stat.st_mtime_ns, stat.st_size) for path in files for stat in [path.stat()]}
-        if any(signatures.get(path) != signature for path, signature in self._seen.items()):
-            self._seen, self._holders = {}, {}
-        for path in signatures.keys() - self._seen.keys():
-            self._seen[path] = signatures[path]
-            try:
-                self._holders.update({row.key: path for row in read_row_keys(path)})
-            except CaptureError:
-                continue  # a damaged file offers nothing to reuse; whoever needs the file itself hears of it
+        signatures = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # another process finished its capture
+                stat = path.stat()
+                signatures[path] = (stat.st_mtime_ns, stat.st_size)
+        gone = [path for path, (signature, _) in self._files.items() if signatures.get(path) != signature]
+        for path in gone:
+            del self._files[path]
+        new = signatures.keys() - self._files.keys()
+        for path in new:
+            self._files[path] = (signatures[path], _keys_or_none(path))
+        if gone:
+            self._places.clear()
+        for path in self._files if gone else new:
+            self._places.update({row.key: (path, row.row_group) for row in self._files[path][1]})
 
-    def holders(self, keys: Collection[str]) -> dict[str, Path]:
-        return {key: self._holders[key] for key in keys if key in self._holders}
+    def places(self, keys: Collection[str]) -> dict[str, Place]:
+        return {key: self._places[key] for key in keys if key in self._places}
+
+
+def _keys_or_none(path: Path) -> list[RowKey]:
+    """A damaged file offers nothing to reuse; whoever needs the file itself hears of it."""
+    try:
+        return read_row_keys(path)
+    except CaptureError:
+        return []
 
 
 _indexes: dict[Path, _KeyIndex] = {}
 
 
-def captured_keys(store: CaptureStore, capture_id: str, keys: Collection[str]) -> dict[str, Path]:
-    """Those of `keys` that are captured under this identity, each with a file that holds it."""
-    index = _indexes.setdefault(store.root / capture_id, _KeyIndex())
-    index.look_at(store.files(capture_id).values())
-    return index.holders(keys)
+def held(folder: Path, files: Collection[Path], keys: Collection[str]) -> dict[str, Place]:
+    """Those of `keys` that `files` hold, and where. `folder` names the index that remembers these files."""
+    index = _indexes.setdefault(folder, _KeyIndex())
+    index.look_at(files)
+    return index.places(keys)
 
 
-def captured_targets(store: CaptureStore, capture_id: str, keys: Collection[str]) -> dict[str, SparseTargets]:
-    """The stored targets of those of `keys` that are captured under this identity."""
-    holders = captured_keys(store, capture_id, keys)
+def captured_keys(store: CaptureStore, capture_id: str, keys: Collection[str]) -> dict[str, Place]:
+    """Those of `keys` that are captured under this identity, in a capture or a chunk of one under way."""
+    return held(store.root / capture_id, store.reusable(capture_id), keys)
+
+
+def targets_at(places: Mapping[str, Place]) -> dict[str, SparseTargets]:
+    """The stored targets of rows at known places; only the row groups that hold them are read."""
     targets: dict[str, SparseTargets] = {}
-    for path in set(holders.values()):
-        targets.update({row.key: row.targets for row in read_rows(path) if holders.get(row.key) == path})
+    for path, group in sorted(set(places.values())):
+        rows = read_row_group(path, group)
+        targets.update({row.key: row.targets for row in rows if places.get(row.key) == (path, group)})
     return targets

@@ -7,16 +7,13 @@ identity, settings, what a position means, statistics, tool versions.
 from __future__ import annotations
 
 import json
-import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,11 +21,12 @@ from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
-from distill_assets.teacher_capture.arrow import capture_schema, from_arrow, to_arrow
+from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
 FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
+_UNFINISHED = ".unfinished-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 
 
@@ -113,87 +111,33 @@ def read_rows(path: Path) -> list[CapturedRow]:
 
 @dataclass(frozen=True)
 class RowKey:
-    """A captured row by name, with its training weight."""
+    """A captured row by name, with its training weight, and the row group that holds it."""
 
     key: str
     weight: float
+    row_group: int
 
 
 def read_row_keys(path: Path) -> list[RowKey]:
     """Keys and weights of a capture file's rows, in order; CaptureError when it is damaged."""
     try:
-        return [
-            RowKey(**row)
-            for row in pq.read_table(path, columns=["key", "weight"], page_checksum_verification=True).to_pylist()
-        ]
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return [
+                RowKey(row["key"], row["weight"], group)
+                for group in range(file.num_row_groups)
+                for row in file.read_row_group(group, columns=["key", "weight"]).to_pylist()
+            ]
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
-class StatsMeter:
-    """Sums what `CaptureStats` needs, row by row, in float64."""
-
-    def __init__(self) -> None:
-        self.rows = self.tokens = self.positions = self.kept_ids = self.truncated = 0
-        self._entropy = self._mass = self._gold = 0.0
-
-    def add(self, row: CapturedRow) -> None:
-        targets = row.targets
-        self.rows += 1
-        self.tokens += len(row.input_ids)
-        self.positions += targets.n_positions
-        self.kept_ids += len(targets.support_ids_N)
-        self.truncated += row.truncated
-        self._entropy += float(targets.entropy_P.sum(dtype=np.float64))
-        self._mass += float(targets.kept_mass_P().sum(dtype=np.float64))
-        self._gold += float(targets.gold_logprob_P.sum(dtype=np.float64))
-
-    def stats(self, **made: Any) -> CaptureStats:
-        return CaptureStats(
-            rows=self.rows,
-            tokens=self.tokens,
-            supervised_tokens=self.positions,
-            kept_ids=self.kept_ids,
-            mean_entropy=self._entropy / self.positions,
-            mean_kept_mass=self._mass / self.positions,
-            teacher_perplexity=math.exp(-self._gold / self.positions),
-            truncated_rows=self.truncated,
-            **made,
-        )
-
-
-class CaptureWriter:
-    """Writes one capture file, a row group a call, and its footer at the end."""
-
-    def __init__(self, beside: Path, precision: str) -> None:
-        schema = capture_schema(precision)
-        quantised = "support_q" if precision == "compact" else "support_logprobs"
-        leaf = "list.element.list.element"
-        self._precision = precision
-        self._writer = pq.ParquetWriter(
-            beside,
-            schema,
-            compression="zstd",
-            compression_level=6,
-            write_page_checksum=True,
-            use_dictionary=["key", "id", f"support_ids.{leaf}", f"{quantised}.{leaf}", "input_ids.list.element"],
-        )
-        self.meter = StatsMeter()
-
-    def write(self, rows: Iterable[CapturedRow]) -> None:
-        rows = list(rows)
-        for row in rows:
-            self.meter.add(row)
-        self._writer.write_table(to_arrow(rows, self._precision))
-
-    def finish(self, footer: Mapping[str, Any], stats: CaptureStats) -> None:
-        tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
-        content = {**footer, "position": POSITION_MEANING, "stats": asdict(stats), "tools": tools}
-        self._writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
-        self._writer.close()
-
-    def abandon(self) -> None:
-        self._writer.close()
+def read_row_group(path: Path, row_group: int) -> list[CapturedRow]:
+    """The rows of one row group; CaptureError when the file is damaged."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return from_arrow(file.read_row_group(row_group))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
 class CaptureStore:
@@ -231,15 +175,27 @@ class CaptureStore:
         """Shards of which any version was captured under this identity."""
         return {shard for shard, _ in self.files(capture_id)}
 
-    @contextmanager
-    def writing(self, capture_id: str, shard: str, version: str, precision: str) -> Iterator[CaptureWriter]:
-        """A writer whose file appears under its name when the block has called `finish`."""
-        with replacing(self.path_of(capture_id, shard, version)) as beside:
-            writer = CaptureWriter(beside, precision)
-            try:
-                yield writer
-            finally:
-                writer.abandon()
+    def unfinished(self, capture_id: str, shard: str, version: str) -> Path:
+        """The folder for finished chunks of a capture that is under way."""
+        return self.root / capture_id / f"{_UNFINISHED}{shard}@{version[:SHORT]}"
+
+    def reusable(self, capture_id: str) -> list[Path]:
+        """Every file that holds captured rows: captures, and chunks of captures under way."""
+        chunks = (self.root / capture_id).glob(f"{_UNFINISHED}*/*.parquet")
+        return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
+
+    def publish(
+        self, tables: Iterable[pa.Table], precision: str, footer: Mapping[str, Any], stats: CaptureStats
+    ) -> Capture:
+        """Write a capture file, a row group a table; it appears whole or not at all. `footer` names it."""
+        path = self.path_of(footer["capture_id"], footer["shard"], footer["version"])
+        tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
+        content = {**footer, "position": POSITION_MEANING, "stats": asdict(stats), "tools": tools}
+        with replacing(path) as beside, parquet_writer(beside, precision) as writer:
+            for table in tables:
+                writer.write_table(table)
+            writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
+        return read_capture(path)
 
     def _failure_file(self, capture_id: str, shard: str, version: str) -> Path:
         return self.path_of(capture_id, shard, version).with_suffix(".failed.json")

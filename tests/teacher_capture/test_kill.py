@@ -1,0 +1,144 @@
+"""A capture killed at any moment goes on from its last finished chunk and gives the same table."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from distill_assets.dataset_shards.discover import discover_shards
+from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.progress import Progress
+from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
+from distill_assets.teacher_capture.chunks import CHUNK_BATCHES, plan_chunks
+from distill_assets.teacher_capture.plan import plan_capture
+from tests import tiny
+from tests.bench import Bench
+
+BATCH_TOKENS = 64
+ROWS = 300
+KILLS = 3
+
+CAPTURE = f"""
+import sys
+from pathlib import Path
+from distill_assets.teacher_capture.capture import capture_shard
+from tests.bench import Bench
+
+bench = Bench(Path(sys.argv[1]))
+capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens={BATCH_TOKENS},
+              on_progress=lambda progress: print(progress.done, progress.total, flush=True))
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, teacher_folder: Path) -> Bench:
+    bench = Bench(tiny.make_home(tmp_path / "home", teacher_folder, shards=1))
+    rows = tiny.example_rows(ROWS)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [*rows, *rows[:5]])  # the last chunk repeats the first
+    return bench
+
+
+def capture(bench: Bench, **options: object) -> tuple[CaptureReport, int]:
+    """The report, and how many tokens the teacher saw."""
+    seen = [0]
+
+    def listen(progress: Progress) -> None:
+        seen[0] = progress.done
+
+    report = capture_shard(
+        bench.spec,
+        bench.shards["s0"],
+        bench.store,
+        device="cpu",
+        batch_tokens=BATCH_TOKENS,
+        on_progress=listen,
+        **options,  # type: ignore[arg-type]
+    )
+    return report, seen[0]
+
+
+def killed_after(bench: Bench, reports: int) -> int:
+    """Start a capture, kill it (SIGKILL) after so many progress reports; the tokens it said it had done."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CAPTURE, str(bench.home.root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert child.stdout is not None
+    done = 0
+    for _ in range(reports):
+        done = int(child.stdout.readline().split()[0])
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    return done
+
+
+def test_killed_captures_go_on_and_give_the_same_table(bench: Bench, tmp_path: Path, teacher_folder: Path) -> None:
+    undisturbed = Bench(tiny.make_home(tmp_path / "other", teacher_folder, shards=1))
+    (undisturbed.home.root / "shards" / "s0.jsonl").write_bytes((bench.home.root / "shards" / "s0.jsonl").read_bytes())
+    expected, all_tokens = capture(undisturbed)
+
+    moments = random.Random(0)
+    seen = sum(killed_after(bench, moments.randrange(20, 90)) for _ in range(KILLS))
+    assert not list(bench.home.captures.rglob("s0@*.parquet"))
+    found = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
+    planned = {p.shard: p for p in plan_capture(bench.spec, found, bench.store, ()).shards}["s0"]
+    assert 0 < planned.rows_to_capture < ROWS  # finished chunks count
+
+    resumed, last = capture(bench)
+    assert pq.read_table(resumed.capture.path).equals(pq.read_table(expected.capture.path))
+    assert replace(resumed.capture.stats, seconds=0) == replace(expected.capture.stats, seconds=0)
+    assert pq.ParquetFile(resumed.capture.path).num_row_groups > 3
+    assert seen + last <= all_tokens + KILLS * CHUNK_BATCHES * BATCH_TOKENS  # at most one chunk done again each
+    assert not list(bench.home.captures.rglob(".unfinished-*"))
+
+
+def test_finished_chunks_serve_another_version_of_the_shard(bench: Bench) -> None:
+    killed_after(bench, 120)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", tiny.example_rows(ROWS, start=1))
+    stats = capture(bench)[0].capture.stats
+    assert stats.rows == ROWS and 0 < stats.rows_captured < ROWS
+
+
+def test_a_forced_capture_trusts_nothing_but_itself(bench: Bench) -> None:
+    capture(bench)
+    report, tokens = capture(bench, force=True)
+    stats = report.capture.stats
+    assert (stats.rows, stats.rows_captured, stats.rows_reused) == (ROWS + 5, ROWS, 5)
+    assert tokens == stats.tokens_captured
+
+
+def test_a_damaged_chunk_is_done_again_or_named(bench: Bench) -> None:
+    killed_after(bench, 120)
+    [folder] = bench.home.captures.rglob(".unfinished-*")
+    first = sorted(folder.glob("*.parquet"))[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-20])  # no footer: done again
+    flipped = sorted(folder.glob("*.parquet"))[1]
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    with pytest.raises(CaptureError, match=rf"{flipped.name}.*delete it and run again"):
+        capture(bench)
+    flipped.unlink()
+    assert capture(bench)[0].capture.stats.rows_captured == ROWS
+
+
+def test_chunks_are_planned_from_the_rows_alone(bench: Bench) -> None:
+    rows = encode_shard(bench.shards["s0"], bench.spec.encoder).rows
+    chunks = plan_chunks(rows, BATCH_TOKENS)
+    assert [row for chunk in chunks for row in chunk.rows] == list(rows)
+    assert [chunk.start for chunk in chunks[1:]] == [c.start + len(c.rows) for c in chunks[:-1]]
+    assert all(sum(len(r.input_ids) for r in c.rows) <= CHUNK_BATCHES * BATCH_TOKENS for c in chunks)
+    assert len({chunk.fingerprint for chunk in chunks}) == len(chunks)
+    [alone] = plan_chunks(rows[:1], 1)  # a row longer than the budget is a chunk of its own
+    assert alone.rows == rows[:1]
