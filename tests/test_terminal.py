@@ -96,6 +96,7 @@ def test_the_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(installed.parent))
     assert terminal.command_name() == "distill"
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     assert terminal.command_name() == str(installed)
     monkeypatch.chdir(installed.parents[2])
     assert terminal.command_name() == "/".join(installed.parts[-3:])
