@@ -142,7 +142,7 @@ def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[Ca
                 stats.truncated_rows, stats.bad_rows, stats.rows_without_target,
                 stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
                 capture.teacher["name"], capture.teacher["revision"], capture.identity["dtype"],
-                json.dumps(capture.identity["targets"]), capture.created,
+                json.dumps(capture.identity["targets"]), list(capture.derived_from), capture.created,
             ]
         )  # fmt: skip
     if rows:

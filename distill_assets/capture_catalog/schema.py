@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TABLES = """
 CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
@@ -20,7 +20,8 @@ CREATE TABLE capture_files (
     mean_entropy DOUBLE, mean_kept_mass DOUBLE, mean_kept_ids DOUBLE, teacher_perplexity DOUBLE,
     truncated_rows INTEGER, bad_rows INTEGER, rows_without_target INTEGER,
     rows_captured INTEGER, rows_reused INTEGER, tokens_captured BIGINT, seconds DOUBLE, tokens_per_second DOUBLE,
-    teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, created TIMESTAMPTZ
+    teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, derived_from VARCHAR[],
+    created TIMESTAMPTZ
 );
 CREATE TABLE examples (
     shard VARCHAR, row INTEGER, key VARCHAR, id VARCHAR, capture_id VARCHAR, version VARCHAR,

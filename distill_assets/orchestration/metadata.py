@@ -45,6 +45,8 @@ def of_capture(capture: Capture, written: bool) -> Metadata:
         "capture id": capture.capture_id,
         "file": dg.MetadataValue.path(capture.path),
     }
+    if capture.derived_from:
+        values["derived from"] = ", ".join(capture.derived_from)
     if written:
         values |= {
             "rows captured": stats.rows_captured,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,8 @@ from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, e
 from distill_assets.foundation.errors import SHARD_FAILURES
 from distill_assets.foundation.language_model import forward_batch_tokens, resolve_device
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
-from distill_assets.teacher_capture.chunks import ChunkFolder, Figures, plan_chunks, total_stats
+from distill_assets.teacher_capture.chunks import ChunkFolder, Figures, derived_sources, plan_chunks, total_stats
+from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
@@ -76,21 +77,13 @@ def _capture(
     finished = ChunkFolder(store.unfinished(*name), spec.targets.precision)
     if force:
         finished.clear()
-
-    def places(rows: Sequence[EncodedRow]) -> dict[str, Place]:
-        """Where rows are captured already; `force` trusts only what this run made."""
-        keys = {row.key for row in rows}
-        if force:
-            return held(finished.folder, finished.files(), keys)
-        return captured_keys(store, spec.capture_id, keys)
-
+    before = _Before(spec, store, finished, force)
     todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
-    rows_todo = [row for chunk in todo for row in chunk.rows]
-    known = places(rows_todo)
-    meter = _Meter(shard.key, {row.key: len(row.input_ids) for row in rows_todo if row.key not in known}, on_progress)
+    lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
+    meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
     for chunk in todo:
         began = time.monotonic()
-        targets = targets_at(places(chunk.rows))
+        targets, derived_from = before.targets({row.key for row in chunk.rows})
         fresh = list({row.key: row for row in chunk.rows if row.key not in targets}.values())
         if fresh:
             teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
@@ -100,17 +93,46 @@ def _capture(
                 meter.count(fresh[i].key)
         rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
         tokens = sum(len(row.input_ids) for row in fresh)
-        finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began))
+        finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began), derived_from)
     capture = store.publish(
         finished.tables(chunks),
         spec.targets.precision,
-        _footer(spec, shard),
+        _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)},
         total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target),
     )
     finished.clear()
     return CaptureReport(
         capture, written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
     )
+
+
+class _Before:
+    """What is captured already of a shard's rows; `force` trusts only what this run made."""
+
+    def __init__(self, spec: CaptureSpec, store: CaptureStore, finished: ChunkFolder, force: bool) -> None:
+        self._spec, self._store, self._finished, self._force = spec, store, finished, force
+        self._sources = [] if force else sources(store, spec)
+
+    def _places(self, keys: Collection[str]) -> dict[str, Place]:
+        if self._force:
+            return held(self._finished.folder, self._finished.files(), keys)
+        return captured_keys(self._store, self._spec.capture_id, keys)
+
+    def keys(self, keys: Mapping[str, int]) -> set[str]:
+        """Those of `keys` that need no teacher."""
+        own = self._places(keys)
+        return own.keys() | derivable(self._store, self._sources, keys - own.keys()).keys()
+
+    def targets(self, keys: set[str]) -> tuple[dict[str, SparseTargets], set[str]]:
+        """The targets of those rows, and the other captures that served some of them."""
+        own = self._places(keys)
+        targets = targets_at(own)
+        derived_from = {source for path in {path for path, _ in own.values()} for source in derived_sources(path)}
+        others = derivable(self._store, self._sources, keys - own.keys())
+        wanted = self._spec.targets
+        for key, stored in targets_at({key: place for key, (_, place) in others.items()}).items():
+            targets[key] = stored.narrowed(wanted.k, wanted.min_probability)
+        return targets, derived_from | {capture_id for capture_id, _ in others.values()}
 
 
 class _Meter:

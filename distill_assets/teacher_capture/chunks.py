@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from distill_assets.foundation.files import PARTIAL, replacing
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import CaptureStats
+from distill_assets.teacher_capture.store import FOOTER, CaptureStats
 
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
 _FOOTER = b"distill_chunk"
@@ -116,6 +117,13 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
     )
 
 
+def derived_sources(file: Path) -> list[str]:
+    """The other captures that a capture file, or a chunk of one under way, was derived from."""
+    metadata = pq.read_metadata(file).metadata or {}
+    footer = json.loads(metadata.get(FOOTER) or metadata[_FOOTER])
+    return list(footer.get("derived_from", ()))
+
+
 class ChunkFolder:
     """The finished chunks of one shard version under one capture identity."""
 
@@ -136,20 +144,24 @@ class ChunkFolder:
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
             return False
 
-    def _footer(self, chunk: Chunk) -> dict[str, object]:
+    def _footer(self, chunk: Chunk) -> dict[str, Any]:
         metadata = pq.read_metadata(self._file(chunk)).metadata or {}
-        footer: dict[str, object] = json.loads(metadata[_FOOTER])
+        footer: dict[str, Any] = json.loads(metadata[_FOOTER])
         return footer
 
-    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures) -> None:
+    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
         with replacing(self._file(chunk)) as beside, parquet_writer(beside, self._precision) as writer:
             writer.write_table(to_arrow(rows, self._precision))
-            footer = {"rows": chunk.fingerprint, "figures": asdict(figures)}
+            footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
 
     def figures(self, chunks: Sequence[Chunk]) -> list[Figures]:
-        return [Figures(**self._footer(chunk)["figures"]) for chunk in chunks]  # type: ignore[arg-type]
+        return [Figures(**self._footer(chunk)["figures"]) for chunk in chunks]
+
+    def derived_from(self, chunks: Sequence[Chunk]) -> list[str]:
+        """Captures that served some of these rows."""
+        return sorted({source for chunk in chunks for source in self._footer(chunk)["derived_from"]})
 
     def tables(self, chunks: Sequence[Chunk]) -> Iterator[pa.Table]:
         """The rows of these chunks, as stored; CaptureError when a file is damaged."""

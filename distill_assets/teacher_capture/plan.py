@@ -15,6 +15,7 @@ from typing import Literal
 from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import captured_keys
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
@@ -53,10 +54,11 @@ class CapturePlan:
 
 @dataclass(frozen=True)
 class _History:
-    """Shards captured before: under this identity, and under any."""
+    """Shards captured before: under this identity, and under any. `sources`: captures to derive these from."""
 
     own: Collection[str]
     any: Collection[str]
+    sources: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def plan_capture(
     history = _History(
         own=store.known_shards(spec.capture_id),
         any={shard for capture_id in store.capture_ids() for shard in store.known_shards(capture_id)},
+        sources=sources(store, spec),
     )
     plans: list[ShardPlan] = []
     todo: list[Shard] = []
@@ -111,8 +114,13 @@ def _plan_shard(
         rows = encode_shard(shard, spec.encoder).rows
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
-    held = captured_keys(store, spec.capture_id, {row.key for row in rows})
-    new = {row.key: row for row in rows if row.key not in held}
+    keys = {row.key for row in rows}
+    own = captured_keys(store, spec.capture_id, keys)
+    others = derivable(store, history.sources, keys - own.keys())
+    if others:
+        from_ids = ", ".join(sorted({capture_id for capture_id, _ in others.values()}))
+        reason += f"; {len(others):,} rows can be derived from {from_ids}"
+    new = {row.key: row for row in rows if row.key not in own and row.key not in others}
     tokens = sum(len(row.input_ids) for row in new.values())
     all_tokens = sum(len(row.input_ids) for row in rows)
     return ShardPlan(

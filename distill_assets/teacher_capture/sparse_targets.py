@@ -62,6 +62,30 @@ class SparseTargets:
         """Probability on the kept ids, of the normalised K + 1 outcomes."""
         return (1.0 - np.exp(self.normalized().tail_logprob_P, dtype=np.float64)).astype(np.float32)
 
+    def narrowed(self, k: int, min_probability: float) -> SparseTargets:
+        """At most k ids a position, of those only ids at least this likely (always the first); the mass of
+        the others joins the tail.
+        """
+        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
+        keep_N = slot_N < k
+        if min_probability > 0:
+            keep_N &= (self.support_logprobs_N >= np.float32(np.log(min_probability))) | (slot_N == 0)
+        dropped_P = np.bincount(
+            np.repeat(np.arange(self.n_positions), self.kept_P),
+            weights=np.where(keep_N, 0.0, np.exp(self.support_logprobs_N, dtype=np.float64)),
+            minlength=self.n_positions,
+        )
+        with np.errstate(divide="ignore"):  # log(0) = -inf: nothing is outside
+            tail_P = np.log(np.exp(self.tail_logprob_P, dtype=np.float64) + dropped_P)
+        kept_P = np.add.reduceat(keep_N, self.offsets_P1[:-1]) if self.n_positions else self.kept_P
+        return replace(
+            self,
+            offsets_P1=np.concatenate([[0], kept_P.cumsum()]).astype(np.int64),
+            support_ids_N=self.support_ids_N[keep_N],
+            support_logprobs_N=self.support_logprobs_N[keep_N],
+            tail_logprob_P=tail_P.astype(np.float32),
+        )
+
     def padded(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing).
 

@@ -72,6 +72,7 @@ class Capture:
     identity: Mapping[str, Any] = field(compare=False)
     teacher: Mapping[str, Any] = field(compare=False)
     created: str = field(compare=False)
+    derived_from: tuple[str, ...] = ()
 
     @property
     def bytes_per_token(self) -> float:
@@ -96,6 +97,7 @@ def read_capture(path: Path) -> Capture:
             identity=footer["identity"],
             teacher=footer["teacher"],
             created=footer["created"],
+            derived_from=tuple(footer.get("derived_from", ())),
         )
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error

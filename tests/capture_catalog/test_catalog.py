@@ -188,3 +188,13 @@ def test_the_homes_place_is_part_of_the_identity(bench: Bench, tmp_path: Path) -
     assert meta is not None and meta[1] == ["heldout", "s0", "s1", "s2"]
     moved = refresh_catalog(tmp_path / "elsewhere" / "catalog.duckdb", bench.store, entries, tmp_path)
     assert moved.identity != meta[0]
+
+
+def test_derived_captures_say_from_which(home: Path, teacher_folder: Path) -> None:
+    bench = Bench(home)
+    refresh(bench, capture_all(bench))
+    source = bench.spec.capture_id
+    bench = Bench(tiny.make_home(home, teacher_folder, targets={"k": 3}))
+    refresh(bench, capture_all(bench))
+    assert ask(bench, "SELECT DISTINCT derived_from FROM captures") == [([source],)]
+    assert ask(bench, "SELECT DISTINCT capture_id, derived_from FROM capture_history") == [(source, [])]

@@ -1,0 +1,105 @@
+"""Fewer ids from captures that hold more: without the teacher, and as the teacher would have given them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_assets.dataset_shards.discover import discover_shards
+from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
+from distill_assets.teacher_capture.derive import can_serve
+from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
+from distill_assets.teacher_capture.store import read_rows
+from tests import tiny
+from tests.bench import Bench
+
+
+def home(folder: Path, teacher: Path, **targets: object) -> Bench:
+    return Bench(tiny.make_home(folder, teacher, shards=1, targets=targets))
+
+
+def capture(bench: Bench, **options: object) -> CaptureReport:
+    return capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def planned(bench: Bench) -> ShardPlan:
+    found = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
+    return {p.shard: p for p in plan_capture(bench.spec, found, bench.store, ()).shards}["s0"]
+
+
+def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder: Path) -> None:
+    wanted = {"k": 5, "min_probability": 0.03, "precision": "exact"}
+    direct = capture(home(tmp_path / "direct", teacher_folder, **wanted)).capture
+    source = capture(home(tmp_path / "home", teacher_folder, k=40, precision="exact")).capture
+    bench = home(tmp_path / "home", teacher_folder, **wanted)
+    assert (planned(bench).rows_to_capture, planned(bench).state) == (0, "settings_changed")
+    assert f"6 rows can be derived from {source.capture_id}" in planned(bench).reason
+
+    derived = capture(bench).capture
+    assert derived.capture_id == direct.capture_id != source.capture_id
+    assert derived.derived_from == (source.capture_id,) and direct.derived_from == ()
+    assert (derived.stats.rows_captured, derived.stats.rows_reused, derived.stats.tokens_captured) == (0, 6, 0)
+    kept = []
+    for mine, theirs in zip(read_rows(derived.path), read_rows(direct.path), strict=True):
+        a, b = mine.targets, theirs.targets
+        for name in ("positions_P", "offsets_P1", "support_ids_N", "support_logprobs_N", "gold_logprob_P", "entropy_P"):
+            assert np.array_equal(getattr(a, name), getattr(b, name)), name
+        assert np.allclose(np.exp(a.tail_logprob_P), np.exp(b.tail_logprob_P), atol=1e-3)  # stored as float16
+        kept += a.kept_P.tolist()
+    assert min(kept) < max(kept) == 5  # both limits were met
+
+
+def test_a_compact_capture_keeps_its_mass_when_narrowed(tmp_path: Path, teacher_folder: Path) -> None:
+    source = capture(home(tmp_path / "home", teacher_folder, k=40)).capture
+    derived = capture(home(tmp_path / "home", teacher_folder, k=3)).capture
+    for mine, theirs in zip(read_rows(derived.path), read_rows(source.path), strict=True):
+        starts = theirs.targets.offsets_P1[:-1]
+        expected = (starts[:, None] + np.arange(3)).ravel()
+        assert np.array_equal(mine.targets.support_ids_N, theirs.targets.support_ids_N[expected])
+        assert np.allclose(mine.targets.log_total_mass_P(), theirs.targets.log_total_mass_P(), atol=2e-3)
+
+
+def test_where_it_came_from_is_handed_on_and_force_asks_the_teacher(tmp_path: Path, teacher_folder: Path) -> None:
+    source = capture(home(tmp_path / "home", teacher_folder, k=40)).capture
+    bench = home(tmp_path / "home", teacher_folder, k=3)
+    capture(bench)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [*tiny.example_rows(6), *tiny.example_rows(1, start=60)])
+    next_version = capture(bench).capture
+    assert next_version.derived_from == (source.capture_id,)
+    assert (next_version.stats.rows_captured, next_version.stats.rows_reused) == (1, 6)
+    forced = capture(bench, force=True).capture
+    assert forced.derived_from == () and forced.stats.rows_captured == 7
+
+
+@pytest.mark.parametrize("wider", [{"k": 41}, {"k": 40, "min_probability": 0.0}, {"k": 8, "precision": "exact"}])
+def test_what_is_not_stored_is_captured(tmp_path: Path, teacher_folder: Path, wider: dict[str, object]) -> None:
+    capture(home(tmp_path / "home", teacher_folder, k=40, min_probability=0.001))
+    assert capture(home(tmp_path / "home", teacher_folder, **wider)).capture.stats.rows_captured == 6
+
+
+def test_another_teacher_or_encoding_serves_nothing(tmp_path: Path, teacher_folder: Path) -> None:
+    capture(home(tmp_path / "home", teacher_folder, k=40))
+    bench = Bench(
+        tiny.make_home(tmp_path / "home", teacher_folder, shards=1, targets={"k": 3}, data={"max_length": 63})
+    )
+    assert capture(bench).capture.stats.rows_captured == 6
+
+
+def test_the_best_source_is_taken(tmp_path: Path, teacher_folder: Path) -> None:
+    capture(home(tmp_path / "home", teacher_folder, k=40))
+    capture(home(tmp_path / "home", teacher_folder, k=20), force=True)
+    exact = capture(home(tmp_path / "home", teacher_folder, k=60, precision="exact"), force=True).capture
+    assert capture(home(tmp_path / "home", teacher_folder, k=3)).capture.derived_from == (exact.capture_id,)
+
+
+def test_which_settings_can_serve_which() -> None:
+    stored = TargetSettings(k=8, min_probability=0.01).model_dump()
+    assert can_serve(stored, TargetSettings(k=8, min_probability=0.01))
+    assert can_serve(stored, TargetSettings(k=2, min_probability=0.5))
+    assert not can_serve(stored, TargetSettings(k=9, min_probability=0.01))
+    assert not can_serve(stored, TargetSettings(k=8, min_probability=0.001))
+    assert not can_serve(stored, TargetSettings(k=8, min_probability=0.01, precision="exact"))
+    assert can_serve({**stored, "precision": "exact"}, TargetSettings(k=8, min_probability=0.01))
