@@ -11,6 +11,7 @@ import dagster as dg
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from distill_assets.orchestration import assets, automation, checks  # noqa: E402
+from distill_assets.orchestration.instance import process_mark  # noqa: E402
 
 settings = automation.automation_settings()
 refresh = automation.refresh_job(lambda: defs)
@@ -26,6 +27,7 @@ defs: dg.Definitions = dg.Definitions(
         assets.student_evaluation,
     ],
     asset_checks=[checks.catalog_matches_store, checks.student_beats_control],
+    resources={"process_mark": process_mark},
     jobs=[refresh, assets.observe_shards],
     sensors=[automation.shard_watcher(settings), automation.conditions_sensor(settings)],
     schedules=[automation.nightly_refresh(refresh, settings)],

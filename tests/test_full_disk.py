@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_the_disk_is_named_wherever_it_stands_in_the_chain() -> None:
             raise RuntimeError("a step failed") from error
     except RuntimeError as error:
         assert disk_problem(error) == "/home/x/captures/a.parquet: No space left on device"
-    assert disk_problem(Exception("(sqlite3.OperationalError) database or disk is full\n[SQL: ...]")) is not None
+    assert disk_problem(sqlite3.OperationalError("database or disk is full")) == "database or disk is full"
+    assert disk_problem(ValueError("row 3 says: database or disk is full")) is None
     assert disk_problem(OSError(errno.ENOENT, "No such file or directory", "x")) is None
     assert disk_problem(ValueError("5 is not a number")) is None

@@ -17,6 +17,7 @@ PARTIAL = ".partial-"  # what an unfinished neighbour's name begins with; nobody
 _REPLACED = f"{PARTIAL}was-"  # the folder whose place is being taken
 DAY_SECONDS = 86_400
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+_DATABASES = frozenset({"sqlite3", "sqlalchemy", "duckdb", "_duckdb"})
 _DISK_WORDS = ("database or disk is full", "disk I/O error", "No space left on device", "File too large")
 
 
@@ -81,20 +82,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS) -> list[Path]:
+def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS, aside_seconds: float = 60.0) -> list[Path]:
     """Clean up what killed processes left in `folder`: bring back what was moved aside and not replaced,
-    remove unfinished neighbours. Only what nobody touched for a while, for it may be under way.
+    remove unfinished neighbours. Only what nobody touched for a while, for it may be under way; taking a
+    folder's place takes a moment, so what was moved aside is brought back after `aside_seconds`.
 
     Returns the paths dealt with.
     """
     swept = []
     for left in sorted(folder.glob(f"{PARTIAL}*")):
         try:
-            if time.time() - left.stat().st_ctime < untouched_seconds:
-                continue
+            age_seconds = time.time() - left.stat().st_ctime
             path = left.with_name(left.name.removeprefix(_REPLACED))
             if left.name.startswith(_REPLACED) and not path.exists():
+                if age_seconds < aside_seconds:
+                    continue
                 os.replace(left, path)
+            elif age_seconds < untouched_seconds:
+                continue
             elif left.is_dir():
                 shutil.rmtree(left)
             else:
@@ -117,7 +122,7 @@ def disk_problem(error: BaseException) -> str | None:
         text = str(link).strip().splitlines()[0] if str(link).strip() else ""
         if isinstance(link, OSError) and link.errno in _DISK_ERRNOS:
             return f"{link.filename}: {link.strerror}" if link.filename else str(link.strerror)
-        if any(words in text for words in _DISK_WORDS):
+        if type(link).__module__.partition(".")[0] in _DATABASES and any(words in text for words in _DISK_WORDS):
             return text
         link = link.__cause__ or link.__context__
     return None

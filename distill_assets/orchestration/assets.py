@@ -9,7 +9,6 @@ from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.home import find_home
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.automation_conditions import WHEN_DUE
-from distill_assets.orchestration.instance import mark_run
 from distill_assets.orchestration.partitions import shard_data_version, shard_partitions, sync_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
@@ -18,10 +17,12 @@ from distill_assets.student_model.identity import StudentKind
 from distill_assets.teacher_capture.capture import CaptureReport
 
 CODE_VERSION = "1"
+PROCESS = {"process_mark"}  # initialised before a run waits for its pool
 OWNERS = ["team:distillation"]
 GPU_POOL, CATALOG_POOL = "gpu", "catalog"
 # A range of partitions is one run only if every selected asset says so, unpartitioned ones included.
 MADE_HERE: dict[str, Any] = {
+    "required_resource_keys": PROCESS,
     "owners": OWNERS,
     "code_version": CODE_VERSION,
     "backfill_policy": dg.BackfillPolicy.single_run(),
@@ -49,9 +50,8 @@ class CaptureConfig(DeviceConfig):
     batch_tokens: int | None = None  # padded tokens in one forward pass; None: what suits the device
 
 
-def begin(context: dg.AssetExecutionContext) -> AssetStates:
-    """Say which process runs this, and look at the home as it is now."""
-    mark_run(context)
+def look() -> AssetStates:
+    """The home as it is now."""
     return AssetStates(Pipeline(find_home()))
 
 
@@ -61,9 +61,10 @@ def begin(context: dg.AssetExecutionContext) -> AssetStates:
     description="Shard files. A data version is the content joined with the capture settings: touching a file "
     "changes nothing.",
     tags={"dagster/kind/jsonl": "", "dagster/kind/parquet": ""},
+    required_resource_keys=PROCESS,
 )
 def dataset_shards(context: dg.OpExecutionContext) -> dg.DataVersionsByPartition:
-    states = AssetStates(Pipeline(find_home()))
+    states = look()
     keys = states.pipeline.shards.keys()
     sync_partitions(context.instance, set(keys))
     return dg.DataVersionsByPartition({key: states.capture_version(key) for key in keys})
@@ -92,7 +93,7 @@ observe_shards = dg.define_asset_job(
     description="Compares teacher and student tokenizers and heads; blocks everything after it if they disagree.",
 )
 def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    pipeline = begin(context).pipeline
+    pipeline = look().pipeline
     report = pipeline.check_tokenizers()
     return dg.MaterializeResult(
         metadata=metadata.of_tokenizers(report, pipeline.home.tokenizer_report),
@@ -119,7 +120,7 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
     "Rows captured before are copied; the teacher sees only what is new.",
 )
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
-    states = begin(context)
+    states = look()
     reports: list[CaptureReport] = []
     failures: list[Exception] = []
     for key in context.partition_keys:
@@ -153,7 +154,7 @@ def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) ->
     description="DuckDB index of all captures: examples, statistics, lineage, history.",
 )
 def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    pipeline = begin(context).pipeline
+    pipeline = look().pipeline
     report = pipeline.refresh_catalog()
     return dg.MaterializeResult(
         metadata=metadata.of_catalog(report, pipeline), data_version=dg.DataVersion(report.identity)
@@ -161,10 +162,11 @@ def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 
 
 def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
-    states = begin(context)
+    states = look()
+    written = config.force or not states.students.exists(kind)
     record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
     return dg.MaterializeResult(
-        metadata=metadata.of_student(record, states.students.folder(kind)),
+        metadata=metadata.of_student(record, states.students.folder(kind), written),
         data_version=dg.DataVersion(record.spec.student_id),
     )
 
@@ -197,6 +199,6 @@ def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> 
     description="Held-out figures of untrained student, student, control and teacher, with plots.",
 )
 def student_evaluation(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
-    students = begin(context).students
+    students = look().students
     folder = students.evaluate(device=config.device, force=config.force, on_progress=progress_of(context))
     return dg.MaterializeResult(metadata=metadata.of_report(folder), data_version=dg.DataVersion(students.report_id))

@@ -44,6 +44,7 @@ def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
             context.log.warning(f"closed run {run_id}, whose process was gone")
         try:
             states = AssetStates(Pipeline(find_home()))
+            states.pipeline.home.sweep()
             shards = set(states.pipeline.shards)
             events: list[dg.AssetObservation | dg.AssetMaterialization] = [
                 *records.new_observations(context.instance, states)
@@ -84,7 +85,10 @@ def refresh_job(definitions: Callable[[], dg.Definitions]) -> dg.JobDefinition:
     class RefreshConfig(dg.Config):
         device: str = "auto"
 
-    @dg.op(description="Capture what changed, refresh the catalog, train and evaluate; what is current is left alone.")
+    @dg.op(
+        required_resource_keys={"process_mark"},
+        description="Capture what changed, refresh the catalog, train and evaluate; what is current is left alone.",
+    )
     def bring_everything_up_to_date(context: dg.OpExecutionContext, config: RefreshConfig) -> None:
         report = bring_up_to_date(definitions(), find_home(), device=config.device, on_step=context.log.info)
         context.log.info(f"captured {len(report.captured_shards)} shards, {report.rows_captured} rows")

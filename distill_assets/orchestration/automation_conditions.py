@@ -9,7 +9,7 @@ from dagster import AutomationCondition as Condition
 from distill_assets.foundation.errors import DistillError
 from distill_assets.foundation.home import find_home
 from distill_assets.orchestration.due import due
-from distill_assets.orchestration.instance import this_process
+from distill_assets.orchestration.instance import THIS_PROCESS
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 
@@ -21,7 +21,7 @@ def _states(evaluation_id: int, moment: object) -> AssetStates:
 
 
 class IsDue(dg.AutomationCondition[dg.AssetKey]):
-    """True where `due` says so, once for each data version.
+    """True where `due` says so, once for each attempt.
 
     Dagster's own conditions know only its event log: not distill.yaml, not which files are there. This
     one asks the store, as `distill run` does, so that both do the same. What was requested is
@@ -37,12 +37,13 @@ class IsDue(dg.AutomationCondition[dg.AssetKey]):
         try:
             states = _states(context.evaluation_id, context.evaluation_time)
             wanted = due(context.asset_graph_view.instance, states, context.key.to_user_string())
-        except DistillError:  # an unreadable distill.yaml, say: the shard watcher tells why
+        except DistillError as error:
+            context.log.warning(str(error))
             wanted = None
-        if wanted is None:
+        if wanted is None or _inputs_are_requested(context):
             return dg.AutomationResult(context, context.get_empty_subset(), cursor=context.cursor)
         memory = json.loads(context.cursor or "{}")
-        before: dict[str, str] = memory["requested"] if memory.get("process") == this_process() else {}
+        before: dict[str, str] = memory["requested"] if memory.get("process") == THIS_PROCESS else {}
         requested = {key: version for key, version in before.items() if wanted.get(key) == version}
         candidates = context.candidate_subset
         if candidates.is_partitioned:
@@ -52,8 +53,15 @@ class IsDue(dg.AutomationCondition[dg.AssetKey]):
             now = set() if candidates.is_empty else wanted.keys() - requested.keys()
             subset = candidates if now else context.get_empty_subset()
         requested |= {key: wanted[key] for key in now}
-        memory = {"process": this_process(), "requested": requested}
+        memory = {"process": THIS_PROCESS, "requested": requested}
         return dg.AutomationResult(context, subset, cursor=json.dumps(memory))
+
+
+def _inputs_are_requested(context: dg.AutomationContext[dg.AssetKey]) -> bool:
+    """Whether this very tick asks for an input. Dagster's `will_be_requested` sees only what fits one run."""
+    requested = context.request_subsets_by_key
+    parents = context.asset_graph.get(context.key).parent_keys
+    return any(key in requested and not requested[key].is_empty for key in parents)
 
 
 # In this order: what is running, or waits for an input that is running, is no candidate for `IsDue`.

@@ -163,9 +163,9 @@ class _Walk:
         try:
             self._bring("tokenizer_compatibility")
         except dg.DagsterError:  # the blocking check failed; the guard says why, with the evidence
-            self.pipeline.require_compatible()
+            self.pipeline.require_usable_pair()
             raise
-        self.pipeline.require_compatible()
+        self.pipeline.require_usable_pair()
 
     def _capture(self, plan: CapturePlan, only: Sequence[str]) -> None:
         """Run the plan's shards, one Dagster run each; a failure is kept and the next one goes on."""
@@ -179,6 +179,7 @@ class _Walk:
             if shard.key in planned:
                 self._capture_one(shard, _why(planned[shard.key]))
         self.pipeline.forget_captures()
+        self.states = AssetStates(self.pipeline)
 
     def _capture_one(self, shard: Shard, why: str) -> None:
         self.on_step(f"teacher_capture {shard.key} ({why})")

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.records import needs_run
 from distill_assets.orchestration.states import AssetStates
 
 UNPARTITIONED = ""  # the key of an asset that has no partitions
 
-Due = Mapping[str, str]  # partition -> the data version it would get
+Due = Mapping[str, str]  # partition -> what would be tried: asked for again only when that changes
 
 
 def due(instance: dg.DagsterInstance, states: AssetStates, asset: str) -> Due | None:
@@ -22,7 +21,7 @@ def due(instance: dg.DagsterInstance, states: AssetStates, asset: str) -> Due | 
         return None
     if asset == "teacher_capture":
         usable = states.pipeline.shards.keys() & set(states.pipeline.uncaptured)
-        return {key: states.capture_version(key) for key in sorted(usable)}
+        return {key: _attempt(states, key) for key in sorted(usable)}
     return {UNPARTITIONED: states.data_version(asset)} if needs_run(instance, states, asset) else {}
 
 
@@ -31,16 +30,17 @@ def _inputs_are_ready(instance: dg.DagsterInstance, states: AssetStates, asset: 
         return True
     if needs_run(instance, states, "tokenizer_compatibility") or not states.pipeline.tokenizer_report().usable:
         return False
+    if asset == "teacher_capture":
+        states.pipeline.require_usable_pair()
+        return True
     if asset == "capture_catalog":  # it lists what is captured; shards that failed do not hold it back
-        return bool(states.pipeline.entries) and not _awaited(states.pipeline)
-    if states.stale_inputs(asset):
-        return False
-    if asset != "teacher_capture":
-        states.students.require_inputs()
-    return True
+        return bool(states.pipeline.entries) or states.pipeline.home.catalog.exists()
+    states.students.require_inputs()
+    return not states.stale_inputs(asset)
 
 
-def _awaited(pipeline: Pipeline) -> list[str]:
-    """Shards that will be captured: not current, and not failed with this content."""
-    shards = [pipeline.shards[key] for key in pipeline.uncaptured if key in pipeline.shards]
-    return [s.key for s in shards if not pipeline.store.failure(pipeline.spec.capture_id, s.key, s.version)]
+def _attempt(states: AssetStates, key: str) -> str:
+    """What decides how a capture ends: content, settings, and a file that is there but not current."""
+    pipeline, shard = states.pipeline, states.pipeline.shards[key]
+    stale_file = pipeline.store.path_of(pipeline.spec.capture_id, key, shard.version).exists()
+    return f"{states.capture_version(key)} {pipeline.settings.data.on_bad_row} {stale_file}"

@@ -1,7 +1,10 @@
 """The Dagster instance of a home, and runs of dead processes in it."""
 
+import contextlib
 import os
 import socket
+import uuid
+from pathlib import Path
 
 import dagster as dg
 import psutil
@@ -35,23 +38,31 @@ def open_instance(home: Home) -> dg.DagsterInstance:
         return dg.DagsterInstance.get()
 
 
-def this_process() -> str:
-    """`pid@when it began`: pids are used again."""
-    process = psutil.Process()
-    return f"{process.pid}@{process.create_time():.2f}"
+THIS_PROCESS = uuid.uuid4().hex  # as long as this process lives
+CLOCK_SECONDS = 600.0  # a process seems to begin at another time when the clock of its machine is set
+
+
+def _host() -> str:
+    """This machine, and the container on it: pids of another one mean nothing here."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
 
 
 def process_tags(run_id: str) -> dict[str, str]:
-    """Who runs a run: this host and this process.
+    """Who runs a run: this host, this process and when it began (pids are used again).
 
     The run's id is part of it, for Dagster copies tags to a run that is executed again.
     """
-    return {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{run_id}@{this_process()}"}
+    process = psutil.Process()
+    return {HOST_TAG: _host(), PROCESS_TAG: f"{run_id}@{process.pid}@{process.create_time():.2f}"}
 
 
-def mark_run(context: dg.AssetExecutionContext) -> None:
-    """Write down who runs a run, however it was started, so that `close_dead_runs` can tell."""
-    context.instance.add_run_tags(context.run_id, process_tags(context.run_id))
+@dg.resource(description="Writes down which process runs a run, so that a dead one can be told from a live one.")
+def process_mark(context: dg.InitResourceContext) -> None:
+    """Initialised before the first step waits for a pool slot, however the run was started."""
+    if context.instance is not None and context.run is not None:
+        context.instance.add_run_tags(context.run.run_id, process_tags(context.run.run_id))
 
 
 def holder_of(instance: dg.DagsterInstance, pool: str) -> str | None:
@@ -61,7 +72,7 @@ def holder_of(instance: dg.DagsterInstance, pool: str) -> str | None:
         return None
     run_id = info.claimed_slots[0].run_id
     run = instance.get_run_by_id(run_id)
-    pid, host = (_pid(run), run.tags.get(HOST_TAG)) if run else (None, None)
+    pid, host = (_pid(run), run.tags.get(HOST_TAG, "").partition(" ")[0]) if run else (None, None)
     return f"run {run_id[:8]}" + (f", process {pid} on {host}" if pid and host else "")
 
 
@@ -70,10 +81,7 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
     A run killed with SIGKILL stays STARTED and keeps its slot: whoever comes next would wait for ever.
     """
-    here = RunsFilter(
-        statuses=UNFINISHED,
-        tags={HOST_TAG: socket.gethostname()},
-    )
+    here = RunsFilter(statuses=UNFINISHED, tags={HOST_TAG: _host()})
     closed = []
     for run in instance.get_runs(filters=here):
         if _is_dead(run):
@@ -86,7 +94,7 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 def _process(run: dg.DagsterRun) -> list[str]:
     """[pid, when it began] as marked for this very run, or []."""
     run_id, *process = run.tags.get(PROCESS_TAG, "").split("@")
-    return process if run_id == run.run_id else []
+    return process if run_id == run.run_id and len(process) == 2 else []
 
 
 def _pid(run: dg.DagsterRun) -> str | None:
@@ -96,8 +104,9 @@ def _pid(run: dg.DagsterRun) -> str | None:
 def _is_dead(run: dg.DagsterRun) -> bool:
     if not (process := _process(run)):
         return False  # nobody has begun it, as far as is known
-    pid, created = process
+    pid, began = process
     try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" != created
+        found = psutil.Process(int(pid))
+        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - float(began)) > CLOCK_SECONDS
     except (psutil.NoSuchProcess, ValueError):
         return True

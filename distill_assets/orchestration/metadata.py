@@ -114,19 +114,23 @@ def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
     }
 
 
-def of_student(record: StudentRecord, folder: Path) -> Metadata:
+def of_student(record: StudentRecord, folder: Path, written: bool) -> Metadata:
+    """What the student learnt from; what that cost only where it was trained now."""
     report = record.report
-    return {
+    values: Metadata = {
+        WRITTEN: written,
         "student id": record.spec.student_id,
         "rows": report.rows,
         "steps": report.steps,
         "supervised tokens": report.supervised_tokens,
-        "seconds": round(report.seconds, 2),
-        "tokens per second": round(report.supervised_tokens / report.seconds, 1),
         "loss of the last step": round(report.final_loss, 4),
         "device": report.device,
         "folder": dg.MetadataValue.path(folder),
     }
+    if written:
+        values["seconds"] = round(report.seconds, 2)
+        values["tokens per second"] = round(report.supervised_tokens / report.seconds, 1)
+    return values
 
 
 def of_report(folder: Path) -> Metadata:

@@ -76,8 +76,16 @@ class Pipeline:
         write_json(self.home.tokenizer_report, {"identity": self.tokenizer_identity, **report.to_json()})
         return report
 
-    def require_compatible(self) -> None:
-        """The guard in front of capture and training, whichever way they are started."""
+    def require_layers(self) -> None:
+        """SettingsError for a student made of layers the teacher does not have."""
+        if layers := self.settings.student.from_teacher_layers:
+            require_layers(self.spec.teacher, layers)
+
+    def require_usable_pair(self) -> None:
+        """The guard in front of capture and training, whichever way they are started: a student that can
+        be made, and tokenizers that agree.
+        """
+        self.require_layers()
         require_compatible(self.tokenizer_report())
 
     # captures --------------------------------------------------------------------------------
@@ -101,7 +109,7 @@ class Pipeline:
         on_progress: ProgressListener = ignore_progress,
     ) -> CaptureReport:
         """Make one shard's capture current. The tokenizer guard comes before the teacher."""
-        self.require_compatible()
+        self.require_usable_pair()
         return capture_shard(
             self.spec,
             self.shard(key),
@@ -143,8 +151,7 @@ class Pipeline:
 
     def plan(self) -> CapturePlan:
         """What a run would capture, and why. An impossible student is refused before the teacher is paid for."""
-        if layers := self.settings.student.from_teacher_layers:
-            require_layers(self.spec.teacher, layers)
+        self.require_layers()
         catalogued = read_meta(self.home.catalog)
         return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
 

@@ -1,6 +1,5 @@
 """The state of a home's shards and assets, for people."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,8 +121,8 @@ def _refusal(pipeline: Pipeline) -> str:
     """Why the tokenizer report of this very pair says that it cannot be used, or ""."""
     if not pipeline.tokenizer_report_is_current:
         return ""
-    report = json.loads(pipeline.home.tokenizer_report.read_text(encoding="utf-8"))
-    return "" if report["usable"] else f"{report['verdict']}: {'; '.join(report['reasons'])}"
+    report = pipeline.tokenizer_report()
+    return "" if report.usable else f"{report.verdict}: {'; '.join(report.reasons)}"
 
 
 def _why_stale(states: AssetStates, asset: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
-from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
+from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, TrainingError
 from distill_assets.foundation.language_model import load_model, load_tokenizer, resolve_device
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
@@ -17,6 +17,7 @@ from distill_assets.student_evaluation.evaluation import evaluate
 from distill_assets.student_evaluation.report import (
     HTML_FILE,
     JSON_FILE,
+    SUMMARY_FILE,
     Heldout,
     ReportDetails,
     report_id,
@@ -109,8 +110,9 @@ class StudentSide:
     def exists(self, kind: StudentKind) -> bool:
         """Whether the student of this identity is there, whole."""
         try:
+            ModelFolder(kind, self.folder(kind), None).weight_files()
             return read_student(self.folder(kind)).spec.student_id == self.ids[kind]
-        except TrainingError:
+        except (TrainingError, ModelError):
             return False
 
     @property
@@ -124,7 +126,7 @@ class StudentSide:
 
     @property
     def report_exists(self) -> bool:
-        return all((self.report_folder / name).is_file() for name in (HTML_FILE, JSON_FILE))
+        return self.evaluation() is not None
 
     # making ----------------------------------------------------------------------------------
 
@@ -133,7 +135,7 @@ class StudentSide:
     ) -> StudentRecord:
         """The student of this kind, trained unless it exists, and the catalog told of it."""
         self.require_inputs()
-        self.pipeline.require_compatible()
+        self.pipeline.require_usable_pair()
         if force or not self.exists(kind):
             spec = self.pipeline.spec
             load_teacher.cache_clear()  # the student needs the room, and never the teacher
@@ -213,11 +215,13 @@ class StudentSide:
     # what was found --------------------------------------------------------------------------
 
     def evaluation(self) -> dict[str, Any] | None:
-        """report.json of the current report, or None when it was not made."""
+        """report.json of the current report, or None when it was not made, whole."""
         try:
+            if not all((self.report_folder / name).is_file() for name in (HTML_FILE, SUMMARY_FILE)):
+                return None
             record: dict[str, Any] = json.loads((self.report_folder / JSON_FILE).read_text(encoding="utf-8"))
-            return record
-        except (OSError, ValueError, DistillError):
+            return record if {"verdict", "summary", "overall"} <= record.keys() else None
+        except (OSError, ValueError, AttributeError, DistillError):
             return None
 
 

@@ -50,9 +50,9 @@ def capture_shard(
     file appears whole or not at all; a killed run goes on from its last finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
+    if not force and (current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)):
+        return CaptureReport(current, written=False)
     try:
-        if not force and (current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)):
-            return CaptureReport(current, written=False)
         report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
     except SHARD_FAILURES as error:
         store.record_failure(*name, str(error))

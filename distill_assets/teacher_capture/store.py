@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,19 @@ class RowKey:
 
 
 def read_row_keys(path: Path) -> list[RowKey]:
-    """Keys and weights of a capture file's rows, in order; CaptureError when it is damaged."""
+    """Keys and weights of a capture file's rows, in order; CaptureError when it is damaged.
+
+    Read once a process for each state of the file: sensors ask every few seconds.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CaptureError(f"{path}: cannot be read ({error.strerror}); run again") from error
+    return _row_keys(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return [

@@ -102,7 +102,7 @@ def test_a_folder_survives_a_kill_while_it_is_replaced(tmp_path: Path, moment: i
     assert killed.returncode == -signal.SIGKILL
     assert folder.exists() is (moment == 1)  # before the old one is moved aside; before the new one takes its place
     assert sweep(tmp_path) == []  # it may be under way
-    assert sweep(tmp_path, untouched_seconds=0)
+    assert sweep(tmp_path, untouched_seconds=0, aside_seconds=0)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
 
 

@@ -142,6 +142,47 @@ def test_a_failing_shard_is_tried_once_holds_back_the_students_and_recovers(daem
     assert daemon.settle() == [["teacher_capture[s0]"], *FIRST_FILL[2:]]
 
 
+def test_what_would_mend_a_failed_shard_is_tried(daemon: Daemon) -> None:
+    good = shard(daemon, "s0").read_text()
+    shard(daemon, "s0").write_text(good + "{not json\n")
+    assert daemon.settle() == [*FIRST_FILL[:3], []]
+    edit(daemon, data={"on_bad_row": "skip"})
+    assert daemon.settle() == [["teacher_capture[s0]"], *FIRST_FILL[2:]]
+    edit(daemon, data={"on_bad_row": "fail"})
+    assert daemon.settle() == [["teacher_capture[s0]"], ["capture_catalog"], []]  # tried, failed, and not listed
+    shard(daemon, "s0").write_text(good)
+    assert daemon.settle()[0] == ["teacher_capture[s0]"]
+
+
+def test_a_damaged_capture_is_made_again_once_it_is_deleted(daemon: Daemon) -> None:
+    daemon.settle()
+    [file] = (daemon.root / "captures").rglob("s0@*.parquet")
+    file.write_bytes(file.read_bytes()[:-30])
+    assert daemon.settle()[0] == ["teacher_capture[s0]"]
+    file.unlink()
+    assert daemon.settle()[0] == ["teacher_capture[s0]"]
+    assert AssetStates(Pipeline(Home(daemon.root))).is_current("student_evaluation")
+
+
+def test_an_impossible_student_costs_no_teacher(daemon: Daemon) -> None:
+    edit(daemon, student={"from_teacher_layers": [0, 99]})
+    assert daemon.settle() == [FIRST_FILL[0], []]
+    edit(daemon, student={"from_teacher_layers": [0, 2]})
+    assert daemon.settle() == FIRST_FILL[1:]
+
+
+def test_results_that_are_not_whole_are_made_again(daemon: Daemon) -> None:
+    daemon.settle()
+    states = AssetStates(Pipeline(Home(daemon.root)))
+    (states.students.folder("student") / "model.safetensors").unlink()
+    assert daemon.settle() == [["student_model"], []]
+    (states.students.report_folder / "report.json").write_text("{")
+    assert daemon.settle() == [["student_evaluation"], []]
+    for file in (daemon.root / "shards").iterdir():
+        file.unlink()
+    assert daemon.settle() == [["capture_catalog"], []]  # nothing is left to list
+
+
 NEXT_PROCESS = """
 import sys
 from pathlib import Path

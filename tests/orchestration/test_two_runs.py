@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,35 @@ def test_a_killed_run_is_waited_for_while_it_lives_and_closed_when_it_is_dead(ho
     with open_instance(Home(home)) as instance:
         [dead] = instance.get_runs(filters=dg.RunsFilter(statuses=[DagsterRunStatus.FAILURE]))
         assert dead.run_id[:8] in said[0]
+
+
+def test_a_run_killed_while_it_waited_is_closed_too(home: Path) -> None:
+    children = []
+    try:
+        for _ in range(2):  # the second one waits for the slot of the first
+            child = subprocess.Popen(
+                [sys.executable, "-c", STUCK, str(home)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            children.append(child)
+            if len(children) == 1:
+                assert child.stdout is not None
+                while "in the middle" not in (line := child.stdout.readline()):
+                    assert line, "the child ended before it captured"
+        with open_instance(Home(home)) as instance:
+            waiting = dg.RunsFilter(statuses=[DagsterRunStatus.STARTED])
+            until = time.monotonic() + 60
+            while len([r for r in instance.get_runs(filters=waiting) if "distill/process" in r.tags]) < 2:
+                assert time.monotonic() < until, "the second run did not begin"
+                time.sleep(0.2)
+            assert close_dead_runs(instance) == []
+            for child in children:
+                os.kill(child.pid, signal.SIGKILL)  # a zombie until it is waited for
+            time.sleep(0.5)
+            assert len(close_dead_runs(instance)) == 2
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def test_a_run_executed_again_does_not_inherit_a_dead_process(home: Path) -> None:
