@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from distill_assets.foundation.files import disk_problem
 
 LARGEST_FILE_BYTES = 300_000  # Dagster's database reaches it in the middle of the first run
@@ -50,6 +52,7 @@ def test_the_disk_is_named_wherever_it_stands_in_the_chain() -> None:
     except RuntimeError as error:
         assert disk_problem(error) == "/home/x/captures/a.parquet: No space left on device"
     assert disk_problem(sqlite3.OperationalError("database or disk is full")) == "database or disk is full"
+    assert disk_problem(SafetensorError("I/O error: No space left on device (os error 28)")) is not None
     assert disk_problem(ValueError("row 3 says: database or disk is full")) is None
     assert disk_problem(OSError(errno.ENOENT, "No such file or directory", "x")) is None
     assert disk_problem(ValueError("5 is not a number")) is None

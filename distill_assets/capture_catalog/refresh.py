@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,27 +71,21 @@ def refresh_catalog(
     one waits.
     """
     identity = catalog_identity(catalog.parent, entries)
-    with _writer_lock(catalog), replacing(catalog) as beside:
-        connection = duckdb.connect(beside)
-        try:
-            connection.execute("SET TimeZone = 'UTC'")
-            connection.execute(schema.TABLES)
-            connection.execute(
-                "INSERT INTO catalog_meta VALUES (?, ?, ?)", [schema.SCHEMA_VERSION, str(catalog.parent), identity]
-            )
-            current = {str(entry.capture.path) for entry in entries}
-            _insert_captures(connection, entries, current=True)
-            _insert_captures(connection, _history(store, current), current=False)
-            files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
-            _insert_students(connection, read_lineages(students))
-            precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
-            connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
-            connection.execute(schema.KEPT_IDS)
-            report = _report(connection, identity, files_read)
-        finally:
-            connection.close()
-            Path(f"{beside}.wal").unlink(missing_ok=True)
-    return report
+    with _writer_lock(catalog), _replacing(catalog) as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute(schema.TABLES)
+        connection.execute(
+            "INSERT INTO catalog_meta VALUES (?, ?, ?)", [schema.SCHEMA_VERSION, str(catalog.parent), identity]
+        )
+        current = {str(entry.capture.path) for entry in entries}
+        _insert_captures(connection, entries, current=True)
+        _insert_captures(connection, _history(store, current), current=False)
+        files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
+        _insert_students(connection, read_lineages(students))
+        precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
+        connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
+        connection.execute(schema.KEPT_IDS)
+        return _report(connection, identity, files_read)
 
 
 def refresh_lineage(catalog: Path, students: Path) -> None:
@@ -101,14 +96,31 @@ def refresh_lineage(catalog: Path, students: Path) -> None:
     with _writer_lock(catalog):
         if read_meta(catalog) is None:
             return  # the next refresh builds it, with its students
-        with replacing(catalog) as beside:
+        with _replacing(catalog, start_from_it=True) as connection:
+            connection.execute("DELETE FROM students; DELETE FROM student_captures")
+            _insert_students(connection, read_lineages(students))
+
+
+@contextmanager
+def _replacing(catalog: Path, start_from_it: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to a database that takes the catalog's place, whole, when the block succeeds."""
+    with replacing(catalog) as beside:
+        if start_from_it:
             shutil.copyfile(catalog, beside)
-            connection = duckdb.connect(beside)
-            try:
-                connection.execute("DELETE FROM students; DELETE FROM student_captures")
-                _insert_students(connection, read_lineages(students))
-            finally:
-                connection.close()
+        connection = duckdb.connect(beside)
+        try:
+            yield connection
+            # Closing writes everything into the file too, but says nothing when the disk is full.
+            connection.execute("CHECKPOINT")
+        finally:
+            connection.close()
+            _log_of(beside).unlink(missing_ok=True)
+        # Left by somebody who wrote into the old file and was killed; DuckDB opens no other file beside it.
+        _log_of(catalog).unlink(missing_ok=True)
+
+
+def _log_of(database: Path) -> Path:
+    return database.with_name(f"{database.name}.wal")
 
 
 def _writer_lock(catalog: Path) -> FileLock:

@@ -17,8 +17,15 @@ PARTIAL = ".partial-"  # what an unfinished neighbour's name begins with; nobody
 _REPLACED = f"{PARTIAL}was-"  # the folder whose place is being taken
 DAY_SECONDS = 86_400
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-_DATABASES = frozenset({"sqlite3", "sqlalchemy", "duckdb", "_duckdb"})
-_DISK_WORDS = ("database or disk is full", "disk I/O error", "No space left on device", "File too large")
+# Libraries that put the operating system's error into an exception of their own, which is no OSError.
+_REWORDING = frozenset({"sqlite3", "sqlalchemy", "duckdb", "_duckdb", "safetensors", "safetensors_rust"})
+_DISK_WORDS = (
+    "database or disk is full",
+    "disk I/O error",
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+)
 
 
 def _beside(path: Path) -> Path:
@@ -74,7 +81,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             except BaseException:
                 os.replace(old, path)
                 raise
-            shutil.rmtree(old)
+            gone = _beside(path)
+            os.replace(old, gone)  # what is half removed must not be brought back
+            shutil.rmtree(gone)
         else:
             os.replace(beside, path)
         _sync(path.parent)
@@ -113,7 +122,7 @@ def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS, aside_seconds: f
 def disk_problem(error: BaseException) -> str | None:
     """What a full or failing disk said, wherever in the chain of causes it stands; None for any other error.
 
-    Databases put the operating system's error into words of their own.
+    Databases and safetensors put the operating system's error into words of their own.
     """
     seen: set[int] = set()
     link: BaseException | None = error
@@ -122,7 +131,7 @@ def disk_problem(error: BaseException) -> str | None:
         text = str(link).strip().splitlines()[0] if str(link).strip() else ""
         if isinstance(link, OSError) and link.errno in _DISK_ERRNOS:
             return f"{link.filename}: {link.strerror}" if link.filename else str(link.strerror)
-        if type(link).__module__.partition(".")[0] in _DATABASES and any(words in text for words in _DISK_WORDS):
+        if type(link).__module__.partition(".")[0] in _REWORDING and any(words in text for words in _DISK_WORDS):
             return text
         link = link.__cause__ or link.__context__
     return None

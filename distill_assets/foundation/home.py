@@ -110,8 +110,8 @@ def make_home(folder: Path, settings_text: str) -> Home:
 
 
 def _require_plain_path(root: Path) -> None:
-    """DuckDB reads `*`, `?` and `[` in a file's name as a pattern, and has no way to quote them."""
-    if strange := sorted(set(str(root)) & set("*?[")):
+    """DuckDB reads `*`, `?` and `[` in a file's name as a pattern and a backslash as a slash; none can be quoted."""
+    if strange := sorted(set(str(root)) & set("*?[\\")):
         raise HomeError(f"{root}: the path of a home may not contain {strange[0]}; use another folder or rename it")
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.fingerprints import HashCache, digest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -76,6 +77,7 @@ _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "architec
 
 
 _HUB_SECONDS = 600.0
+_HUB_TIMEOUT_SECONDS = 10.0
 # Which commit a branch stands for is asked once in _HUB_SECONDS: sensors look at a home every few seconds.
 _fetched: dict[tuple[str, str | None], tuple[float, Path]] = {}
 
@@ -84,7 +86,8 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
     """Find the folder of a hub id or path (relative to `root`).
 
     A hub id is fetched into the hub's cache and answered with the commit its revision stands for (asked
-    anew every ten minutes); HF_HUB_OFFLINE is honoured. Raises ModelError with where was looked.
+    anew every ten minutes); HF_HUB_OFFLINE is honoured. Where the hub cannot be asked, what the cache
+    has is used with a warning. Raises ModelError with where was looked.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
@@ -100,23 +103,34 @@ def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
 
 
 def _fetch(name: str, revision: str | None, folder: Path) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
+    unanswered: Exception | None = None
+    if not constants.HF_HUB_OFFLINE and not (revision and _COMMIT.fullmatch(revision)):
+        try:  # `snapshot_download` alone takes an old commit from the cache without a word
+            HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+        except Exception as error:  # the hub's own errors and those of its HTTP library have no base in common
+            unanswered = error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
-    except RepositoryNotFoundError:
+        cached_only = unanswered is not None
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, local_files_only=cached_only))
+    except Exception as error:
+        cause = unanswered or error
+        if isinstance(cause, RepositoryNotFoundError):
+            raise ModelError(
+                f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
+            ) from None
+        offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise ModelError(
-            f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
+            f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} "
+            f"({_first_line(cause)})"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        offline = " while HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} ({reason})"
-        ) from None
+    if unanswered:
+        said = _first_line(unanswered)
+        warnings.warn(f"model {name}: the hub gave no answer ({said}); using cached commit {path.name}", stacklevel=3)
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

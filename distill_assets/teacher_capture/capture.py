@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, encode_shard
-from distill_assets.foundation.errors import SHARD_FAILURES
+from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
 from distill_assets.foundation.language_model import forward_batch_tokens, resolve_device
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
-from distill_assets.teacher_capture.chunks import ChunkFolder, Figures, derived_sources, plan_chunks, total_stats
+from distill_assets.teacher_capture.chunks import (
+    ChunkFolder,
+    Figures,
+    derived_sources,
+    plan_chunks,
+    plan_windows,
+    total_stats,
+)
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore
-from distill_assets.teacher_capture.teacher import load_teacher
+from distill_assets.teacher_capture.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,13 @@ def capture_shard(
     """Make the capture of `shard` under `spec` current.
 
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
-    only if a row is left for it. `force` recaptures every row. What is wrong with the shard is recorded
-    in the store under this content and raised; anything else (a device, a full disk) only raised. The
-    file appears whole or not at all; a killed run goes on from its last finished chunk.
+    only if a row is left for it. `force` recaptures every row; a damaged capture is made again. What is
+    wrong with the shard is recorded in the store under this content and raised; anything else (a device,
+    a full disk) only raised. The file appears whole or not at all; a killed run goes on from its last
+    finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
-    if not force and (current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)):
+    if not force and (current := _current(spec, shard, store)):
         return CaptureReport(current, written=False)
     try:
         report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
@@ -59,6 +67,13 @@ def capture_shard(
         raise
     store.forget_failure(*name)
     return report
+
+
+def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | None:
+    try:
+        return store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)
+    except CaptureError:
+        return None
 
 
 def _capture(
@@ -81,19 +96,22 @@ def _capture(
     todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
     meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
-    for chunk in todo:
-        began = time.monotonic()
-        targets, derived_from = before.targets({row.key for row in chunk.rows})
-        fresh = list({row.key: row for row in chunk.rows if row.key not in targets}.values())
-        if fresh:
-            teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
-            began = time.monotonic()
-            for i, scored in score_rows(teacher, fresh, spec.targets, budget):
-                targets[fresh[i].key] = scored
-                meter.count(fresh[i].key)
-        rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
-        tokens = sum(len(row.input_ids) for row in fresh)
-        finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began), derived_from)
+    for window in plan_windows(todo):
+        stored = before.rows({row.key for chunk in window for row in chunk.rows})
+        for chunk in window:
+            keys = {row.key for row in chunk.rows}
+            # What this window scored before is read back, so that it is as after a kill: rounded.
+            stored |= before.rows(keys - stored.keys())
+            fresh = list({row.key: row for row in chunk.rows if row.key not in stored}.values())
+            began, scored = time.monotonic(), {}
+            if fresh:
+                teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
+                began, scored = time.monotonic(), _score(teacher, fresh, spec, budget, meter)
+            targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
+            derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
+            rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
+            tokens = sum(len(row.input_ids) for row in fresh)
+            finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began), derived_from)
     capture = store.publish(
         finished.tables(chunks),
         spec.targets.precision,
@@ -104,6 +122,14 @@ def _capture(
     return CaptureReport(
         capture, written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A row as a file holds it, and the other captures it was derived from."""
+
+    targets: SparseTargets
+    derived_from: tuple[str, ...]
 
 
 class _Before:
@@ -123,16 +149,16 @@ class _Before:
         own = self._places(keys)
         return own.keys() | derivable(self._store, self._sources, keys - own.keys()).keys()
 
-    def targets(self, keys: set[str]) -> tuple[dict[str, SparseTargets], set[str]]:
-        """The targets of those rows, and the other captures that served some of them."""
+    def rows(self, keys: set[str]) -> dict[str, _Stored]:
+        """Those rows, read; what a damaged file held is left out."""
         own = self._places(keys)
-        targets = targets_at(own)
-        derived_from = {source for path in {path for path, _ in own.values()} for source in derived_sources(path)}
         others = derivable(self._store, self._sources, keys - own.keys())
+        origins = {path: tuple(derived_sources(path)) for path in {path for path, _ in own.values()}}
+        found = {key: _Stored(targets, origins[own[key][0]]) for key, targets in targets_at(own).items()}
         wanted = self._spec.targets
-        for key, stored in targets_at({key: place for key, (_, place) in others.items()}).items():
-            targets[key] = stored.narrowed(wanted.k, wanted.min_probability)
-        return targets, derived_from | {capture_id for capture_id, _ in others.values()}
+        for key, targets in targets_at({key: place for key, (_, place) in others.items()}).items():
+            found[key] = _Stored(targets.narrowed(wanted.k, wanted.min_probability), (others[key][0],))
+        return found
 
 
 class _Meter:
@@ -146,6 +172,16 @@ class _Meter:
         self._done += self._lengths.get(key, 0)
         seconds = time.monotonic() - self._started
         self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds))
+
+
+def _score(
+    teacher: Teacher, rows: Sequence[EncodedRow], spec: CaptureSpec, budget: int, meter: _Meter
+) -> dict[str, SparseTargets]:
+    scored = {}
+    for i, targets in score_rows(teacher, rows, spec.targets, budget):
+        scored[rows[i].key] = targets
+        meter.count(rows[i].key)
+    return scored
 
 
 def _captured(number: int, row: EncodedRow, targets: SparseTargets) -> CapturedRow:

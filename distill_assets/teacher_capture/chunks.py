@@ -28,6 +28,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import FOOTER, CaptureStats
 
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
+WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
 
 
@@ -58,6 +59,23 @@ def plan_chunks(rows: Sequence[EncodedRow], batch_tokens: int) -> list[Chunk]:
             start, tokens = i, 0
         tokens += len(row.input_ids)
     return [*chunks, Chunk(start, rows[start:])]
+
+
+def plan_windows(chunks: Sequence[Chunk], window_tokens: int = WINDOW_TOKENS) -> Iterator[Sequence[Chunk]]:
+    """Consecutive chunks of at most `window_tokens` tokens, or one chunk, for which captured rows are read together.
+
+    Rows that were shuffled lie in every row group of the files they are read from: read chunk by chunk,
+    each row group would be read once a chunk.
+    """
+    start = tokens = 0
+    for i, chunk in enumerate(chunks):
+        n = sum(len(row.input_ids) for row in chunk.rows)
+        if tokens and tokens + n > window_tokens:
+            yield chunks[start:i]
+            start, tokens = i, 0
+        tokens += n
+    if chunks:
+        yield chunks[start:]
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,7 @@ class ChunkFolder:
 
     def derived_from(self, chunks: Sequence[Chunk]) -> list[str]:
         """Captures that served some of these rows."""
-        return sorted({source for chunk in chunks for source in self._footer(chunk)["derived_from"]})
+        return sorted({source for chunk in chunks for source in self._footer(chunk).get("derived_from", ())})
 
     def tables(self, chunks: Sequence[Chunk]) -> Iterator[pa.Table]:
         """The rows of these chunks, as stored; CaptureError when a file is damaged."""

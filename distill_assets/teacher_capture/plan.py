@@ -107,9 +107,9 @@ def _plan_shard(
     try:
         if current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows):
             return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
-    except CaptureError as error:
-        return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
-    state, reason = _why(spec, shard, store, history)
+        state, reason = _why(spec, shard, store, history)
+    except CaptureError as damaged:
+        state, reason = "failed", str(damaged)
     try:
         rows = encode_shard(shard, spec.encoder).rows
     except DistillError as error:

@@ -66,9 +66,15 @@ def captured_keys(store: CaptureStore, capture_id: str, keys: Collection[str]) -
 
 
 def targets_at(places: Mapping[str, Place]) -> dict[str, SparseTargets]:
-    """The stored targets of rows at known places; only the row groups that hold them are read."""
+    """The stored targets of rows at known places; only the row groups that hold them are read.
+
+    Rows in a damaged part of a file are left out: for whoever asks, they are not captured.
+    """
+    keys_at: dict[Place, set[str]] = {}
+    for key, place in places.items():
+        keys_at.setdefault(place, set()).add(key)
     targets: dict[str, SparseTargets] = {}
-    for path, group in sorted(set(places.values())):
-        rows = read_row_group(path, group)
-        targets.update({row.key: row.targets for row in rows if places.get(row.key) == (path, group)})
+    for (path, group), keys in sorted(keys_at.items()):
+        with contextlib.suppress(CaptureError):
+            targets.update({row.key: row.targets for row in read_row_group(path, group, keys)})
     return targets

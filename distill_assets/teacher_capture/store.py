@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version as package_version
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.discover import Shard
@@ -101,7 +102,7 @@ def read_capture(path: Path) -> Capture:
             derived_from=tuple(footer.get("derived_from", ())),
         )
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+        raise CaptureError(f"{path}: damaged or unreadable ({error}); `distill run` makes it again") from error
 
 
 def read_rows(path: Path) -> list[CapturedRow]:
@@ -146,11 +147,13 @@ def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
-def read_row_group(path: Path, row_group: int) -> list[CapturedRow]:
-    """The rows of one row group; CaptureError when the file is damaged."""
+def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[CapturedRow]:
+    """The rows of one row group that have one of these keys; CaptureError when the file is damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return from_arrow(file.read_row_group(row_group))
+            table = file.read_row_group(row_group)
+            # Chosen before they become rows: a row is a view, and one would keep the whole group in memory.
+            return from_arrow(table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys), pa.string()))))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -19,6 +22,7 @@ from distill_assets.capture_catalog.refresh import (
 )
 from distill_assets.capture_catalog.verify import compare_with_store
 from distill_assets.foundation.errors import CatalogError
+from distill_assets.foundation.files import disk_problem
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.store import Capture, read_rows
 from tests import tiny
@@ -148,6 +152,41 @@ def test_a_damaged_catalog_is_no_catalog_and_is_built_anew(bench: Bench, damage:
         run_query(catalog, bench.home.captures, "SELECT shard FROM captures")
     assert refresh(bench, entries).shards == 4
     assert compare_with_store(catalog, captures(entries)) == []
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_a_disk_that_fills_up_leaves_the_old_catalog(bench: Bench, share: float) -> None:
+    """A file may grow to a share of what the catalog needs; its end is written only when it is closed."""
+    entries = capture_all(bench)
+    refresh(bench, entries[:2])
+    before = bench.home.catalog.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), hard))
+    try:
+        for change in (lambda: refresh(bench, entries), lambda: refresh_lineage(bench.home.catalog, bench.home.root)):
+            with pytest.raises((duckdb.Error, OSError)) as caught:
+                change()
+            assert "File too large" in (disk_problem(caught.value) or "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert bench.home.catalog.read_bytes() == before
+    assert not list(bench.home.root.glob(".partial-*"))
+    assert refresh(bench, entries).shards == 4
+
+
+def test_a_log_somebody_left_behind_does_not_lock_the_new_catalog(bench: Bench) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries[:2])
+    script = (
+        f"import duckdb, os; c = duckdb.connect({str(bench.home.catalog)!r}); "
+        "c.execute('CREATE TABLE mine (i INTEGER)'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    log = bench.home.catalog.with_name("catalog.duckdb.wal")
+    assert log.exists()
+    refresh(bench, entries)
+    assert not log.exists()
+    assert compare_with_store(bench.home.catalog, captures(entries)) == []
 
 
 def test_a_path_that_looks_like_a_hive_partition(tmp_path: Path, teacher_folder: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,14 +78,14 @@ import os, signal, sys
 from pathlib import Path
 from distill_assets.foundation import files
 
-folder, moment = Path(sys.argv[1]), int(sys.argv[2])
-moves = 0
+folder, event, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = 0
 
-def audit(event, arguments):
-    global moves
-    if event == "os.rename" and str(folder) in map(str, arguments[:2]):
-        moves += 1
-        if moves == moment:
+def audit(name, arguments):
+    global seen
+    if name == event:
+        seen += 1
+        if seen == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(audit)
@@ -93,17 +94,36 @@ with files.replacing_folder(folder) as beside:
 """
 
 
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_folder_survives_a_kill_while_it_is_replaced(tmp_path: Path, moment: int) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old").touch()
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_REPLACING, str(folder), str(moment)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert folder.exists() is (moment == 1)  # before the old one is moved aside; before the new one takes its place
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder to be replaced, with a file in it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    return tmp_path / "model"
+
+
+def kill_while_replacing(folder: Path, event: str, moment: int) -> None:
+    """Kill a process that replaces `folder` just before its `moment`-th rename or removal."""
+    command = [sys.executable, "-c", KILLED_WHILE_REPLACING, str(folder), event, str(moment)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", [1, 2])  # the old one goes aside; the new one takes its place
+def test_a_folder_survives_a_kill_while_it_is_replaced(tmp_path: Path, folder: Path, moment: int) -> None:
+    kill_while_replacing(folder, "os.rename", moment)
+    assert folder.exists() is (moment == 1)
     assert sweep(tmp_path) == []  # it may be under way
     assert sweep(tmp_path, untouched_seconds=0, aside_seconds=0)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
+
+
+def test_what_is_being_removed_is_not_brought_back(tmp_path: Path, folder: Path) -> None:
+    kill_while_replacing(folder, "shutil.rmtree", 2)  # the first clears the place of the old one
+    assert (folder / "new").exists()
+    assert len(list(tmp_path.glob(".partial-*"))) == 1  # the old one, half removed for all anybody knows
+    shutil.rmtree(folder)
+    assert sweep(tmp_path, untouched_seconds=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sweeping_removes_unfinished_neighbours_only(tmp_path: Path) -> None:

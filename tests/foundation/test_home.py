@@ -87,7 +87,7 @@ def test_everything_made_lies_in_the_home(tmp_path: Path) -> None:
     assert (tmp_path / ".cache" / "hashes.json").exists()
 
 
-@pytest.mark.parametrize("name", ["what?", "a*b", "runs[1]"])
+@pytest.mark.parametrize("name", ["what?", "a*b", "runs[1]", "back\\slash"])
 def test_a_home_whose_path_is_a_pattern_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(HomeError, match="may not contain"):
         make_home(tmp_path / name, "teacher: {model: a}\nstudent: {model: b}\n")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,51 @@ print(resolve_model("owner/name", "b" * 40, cache).revision)
 shutil.rmtree(cache / "snapshots" / ("a" * 40))
 print(resolve_model("owner/name", None, cache).revision)
 """
+
+
+UNREACHABLE = """
+import sys
+from pathlib import Path
+from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.model_folders import resolve_model
+
+here = Path(sys.argv[1])
+for _ in range(2):
+    print(resolve_model("owner/name", None, here).revision)
+try:
+    resolve_model("owner/name", "other-branch", here)
+except ModelError as error:
+    print(error)
+"""
+
+
+def test_a_hub_that_gives_no_answer_is_said_and_the_cache_used(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--owner--name"
+    (cache / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (cache / "snapshots" / ("a" * 40) / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        answer = subprocess.run(
+            [sys.executable, "-c", UNREACHABLE, str(tmp_path)],
+            env={
+                **os.environ,
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": nowhere,
+                "NO_PROXY": "*",
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    first, second, refusal = answer.stdout.splitlines()
+    assert first == second == "a" * 40
+    assert answer.stderr.count("the hub gave no answer") == 1  # asked once
+    assert f"using cached commit {'a' * 40}" in answer.stderr
+    assert "could not be fetched from the hub (" in refusal and "refused" in refusal
 
 
 def test_a_hub_id_is_answered_from_the_cache_with_its_commit(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_what_would_mend_a_failed_shard_is_tried(daemon: Daemon) -> None:
     assert daemon.settle()[0] == ["teacher_capture[s0]"]
 
 
-def test_a_damaged_capture_is_made_again_once_it_is_deleted(daemon: Daemon) -> None:
+def test_a_damaged_or_deleted_capture_is_made_again(daemon: Daemon) -> None:
     daemon.settle()
     [file] = (daemon.root / "captures").rglob("s0@*.parquet")
     file.write_bytes(file.read_bytes()[:-30])

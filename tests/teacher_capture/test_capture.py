@@ -15,7 +15,7 @@ import pytest
 from distill_assets.foundation.errors import CaptureError, ShardError
 from distill_assets.foundation.progress import Progress
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
-from distill_assets.teacher_capture.store import FOOTER, read_capture, read_rows
+from distill_assets.teacher_capture.store import FOOTER, read_capture, read_row_group, read_rows
 from tests import tiny
 from tests.bench import Bench
 
@@ -114,25 +114,56 @@ def test_a_failure_is_remembered_and_leaves_the_old_capture(bench: Bench) -> Non
     capture(bench, "s0")
 
 
-def test_damaged_captures_say_so(bench: Bench) -> None:
+@pytest.mark.parametrize("left_bytes", [0, 200])
+def test_a_damaged_capture_says_so_and_is_made_again(bench: Bench, left_bytes: int) -> None:
+    rewrite(bench, "other", tiny.example_rows(4))  # four of the six rows of s0
+    capture(bench, "other")
     path = capture(bench, "s0").capture.path
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CaptureError, match=r"damaged.*delete it"):
+    before = pq.read_table(path)
+    path.write_bytes(path.read_bytes()[:left_bytes])
+    with pytest.raises(CaptureError, match=rf"{path.name}: damaged.*delete it"):
         read_rows(path)
-    with pytest.raises(CaptureError, match=r"damaged.*delete it"):
-        capture(bench, "s0")
-    path.unlink()
-    assert capture(bench, "s0").written
+    with pytest.raises(CaptureError, match=rf"{path.name}: damaged.*`distill run` makes it again"):
+        read_capture(path)
+    again = capture(bench, "s0")
+    assert again.written
+    assert (again.capture.stats.rows_captured, again.capture.stats.rows_reused) == (2, 4)
+    assert pq.read_table(path).equals(before)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Flip one bit of `support_q` in the first row group; the footer stays whole."""
+    whole = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(7)
+    place = column.data_page_offset + column.total_compressed_size // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
 
 
 def test_a_flipped_bit_is_noticed(bench: Bench) -> None:
     path = capture(bench, "s0").capture.path
-    whole = path.read_bytes()
-    column = pq.read_metadata(path).row_group(0).column(7)  # support_q
-    place = column.data_page_offset + column.total_compressed_size // 2
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    flip_a_bit(path)
     with pytest.raises(CaptureError, match="damaged"):
         read_rows(path)
+
+
+def test_rows_in_a_damaged_part_of_a_file_are_scored_again(bench: Bench) -> None:
+    flip_a_bit(capture(bench, "s0").capture.path)
+    rewrite(bench, "moved", [*tiny.example_rows(6), *tiny.example_rows(1, start=50)])
+    stats = capture(bench, "moved").capture.stats
+    assert (stats.rows_captured, stats.rows_reused) == (7, 0)
+
+
+def test_chosen_rows_do_not_keep_their_row_group_in_memory(bench: Bench) -> None:
+    """The rows of a group are views of shared arrays; those chosen must have arrays of their own size."""
+    path = capture(bench, "s0").capture.path
+    rows = read_rows(path)
+    [chosen] = read_row_group(path, 0, {rows[4].key})
+    assert chosen.row == 4 and np.array_equal(chosen.targets.support_ids_N, rows[4].targets.support_ids_N)
+    own, shared = chosen.targets.support_logprobs_N, rows[4].targets.support_logprobs_N
+    assert own.tolist() == shared.tolist()
+    assert shared.base is not None and len(shared.base) > 4 * len(shared)
+    assert own.base is not None and len(own.base) == len(own)
+    assert read_row_group(path, 0, {"no such key"}) == []
 
 
 def test_an_interrupt_leaves_nothing_half_written(bench: Bench) -> None:

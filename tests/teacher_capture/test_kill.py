@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,8 +18,9 @@ from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.progress import Progress
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
-from distill_assets.teacher_capture.chunks import CHUNK_BATCHES, plan_chunks
+from distill_assets.teacher_capture.chunks import CHUNK_BATCHES, plan_chunks, plan_windows
 from distill_assets.teacher_capture.plan import plan_capture
+from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
 from tests.bench import Bench
 
@@ -142,3 +144,27 @@ def test_chunks_are_planned_from_the_rows_alone(bench: Bench) -> None:
     assert len({chunk.fingerprint for chunk in chunks}) == len(chunks)
     [alone] = plan_chunks(rows[:1], 1)  # a row longer than the budget is a chunk of its own
     assert alone.rows == rows[:1]
+
+
+def test_windows_are_consecutive_chunks_within_their_tokens(bench: Bench) -> None:
+    rows = encode_shard(bench.shards["s0"], bench.spec.encoder).rows
+    chunks = plan_chunks(rows, 8)
+    assert len(chunks) > 20
+    windows = list(plan_windows(chunks, 700))
+    assert [chunk for window in windows for chunk in window] == chunks
+    sizes = [sum(len(row.input_ids) for chunk in window for row in chunk.rows) for window in windows]
+    assert len(windows) > 5 and max(sizes) <= 700
+    assert [len(window) for window in plan_windows(chunks, 1)] == [1] * len(chunks)
+    assert list(plan_windows(chunks)) == [chunks] and list(plan_windows([])) == []
+
+
+def test_a_shuffled_shard_is_put_together_from_all_row_groups(bench: Bench) -> None:
+    stored = {row.key: row for row in read_rows(capture(bench)[0].capture.path)}
+    rows = tiny.example_rows(ROWS)
+    random.Random(1).shuffle(rows)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", rows)
+    report, tokens = capture(bench)
+    assert (tokens, report.capture.stats.rows_reused) == (0, ROWS)
+    for row in read_rows(report.capture.path):
+        for name in ("positions_P", "support_ids_N", "support_logprobs_N", "tail_logprob_P", "gold_logprob_P"):
+            assert np.array_equal(getattr(row.targets, name), getattr(stored[row.key].targets, name))

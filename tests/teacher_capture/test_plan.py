@@ -83,6 +83,16 @@ def test_what_cannot_be_read_or_failed_before_is_failed(bench: Bench) -> None:
     assert "s1.parquet" in found["s1"].reason and "s1.jsonl" in found["s1"].reason
 
 
+def test_a_damaged_capture_is_named_and_would_be_made_again(bench: Bench) -> None:
+    capture_all(bench)
+    spec, shard = bench.spec, bench.shards["s0"]
+    path = bench.store.path_of(spec.capture_id, "s0", shard.version)
+    path.write_bytes(path.read_bytes()[:100])
+    found = plan(bench)["s0"]
+    assert (found.state, found.rows, found.rows_to_capture, found.is_to_capture) == ("failed", 6, 6, True)
+    assert str(path) in found.reason and "`distill run` makes it again" in found.reason
+
+
 def test_a_run_would_capture_what_is_not_current_and_can_be_read(bench: Bench) -> None:
     assert all(p.is_to_capture for p in plan(bench).values())
     capture_all(bench)
