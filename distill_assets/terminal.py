@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 160  # a table in a file or pipe is not squeezed into 80 columns
 GAP = 2  # blanks between columns
+LEAST_COLUMN = 10  # a table of narrower columns is unreadable
 LEAST_WHY = 30  # a column of reasons narrower than this is unreadable
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -313,13 +314,21 @@ def show_tokenizer_report(report: TokenizerReport) -> None:
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Any query result as a table; numbers to the right."""
+    """Any query result as a table, numbers to the right; a field a line where there are too many columns."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    if len(columns) * LEAST_COLUMN > out.width:
+        name_width = max(map(cell_len, columns))
+        for row in cells:
+            for name, text in zip(columns, row, strict=True):
+                out.print(f"{escape(name):>{name_width}}  {text}", soft_wrap=True)
+            out.print()
+        return
     numeric = [
         bool(rows) and all(isinstance(r[i], int | float) or r[i] is None for r in rows) for i in range(len(columns))
     ]
     table = _table(*(f">{name}" if right else name for name, right in zip(columns, numeric, strict=True)))
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+    for row in cells:
+        table.add_row(*row)
     out.print(table)
 
 

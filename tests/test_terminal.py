@@ -100,3 +100,12 @@ def test_the_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPa
     assert terminal.command_name() == str(installed)
     monkeypatch.chdir(installed.parents[2])
     assert terminal.command_name() == "/".join(installed.parts[-3:])
+
+
+def test_rows_of_many_columns_are_shown_a_field_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [f"column_{i}" for i in range(terminal.out.width // terminal.LEAST_COLUMN + 1)]
+    terminal.show_rows(columns, [[f"value {i}" for i in range(len(columns))]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split(maxsplit=1) == ["column_3", "value 3"] and len([x for x in lines if x]) == len(columns)
+    terminal.show_rows(columns[:3], [["a", "b", "c"]])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["a", "b", "c"]

@@ -71,6 +71,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield beside
         for file in beside.rglob("*"):
             if file.is_file():
+                file.chmod(beside.stat().st_mode & 0o666)  # safetensors keeps its files from everybody else
                 _sync(file)
         if path.exists():
             old = path.with_name(_REPLACED + path.name)

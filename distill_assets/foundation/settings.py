@@ -1,7 +1,7 @@
 """distill.yaml as frozen, described, validated values.
 
-The file says *what* is made and alone feeds identities; *how* it is made (device, batch size,
-workers) is Dagster run configuration and never part of these models. Every error names the file,
+The file says *what* is made and alone feeds identities; *how* it is made (device,
+tokens a forward pass) is Dagster run configuration and never part of these models. Every error names the file,
 the line, the key and what is allowed there.
 """
 

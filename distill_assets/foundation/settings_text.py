@@ -19,7 +19,7 @@ from distill_assets.foundation.settings import Settings, StudentSettings, Teache
 
 _HEADER = """\
 # What is made. Read afresh by every run: change a line, and only what depends on it is made again.
-# How it is made (device, workers) is never said here. A key that is left out has its default.
+# How it is made (device, tokens a forward pass) is never said here. A key that is left out has its default.
 """
 
 

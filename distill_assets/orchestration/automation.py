@@ -10,7 +10,7 @@ from distill_assets.foundation.settings import AutomationSettings
 from distill_assets.orchestration import records
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
 from distill_assets.orchestration.instance import UNFINISHED, close_dead_runs
-from distill_assets.orchestration.partitions import SHARDS, shard_partitions
+from distill_assets.orchestration.partitions import partition_changes, shard_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 
@@ -54,11 +54,11 @@ def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
                 events += records.unrecorded_captures(context.instance, states.pipeline)
         except DistillError as error:
             return dg.SkipReason(str(error))
-        registered = set(context.instance.get_dynamic_partitions(SHARDS))
+        new, gone = partition_changes(context.instance, shards)
         requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-        if new := sorted(shards - registered):
+        if new:
             requests.append(shard_partitions.build_add_request(new))
-        if gone := sorted(registered - shards):
+        if gone:
             requests.append(shard_partitions.build_delete_request(gone))
         return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events)
 

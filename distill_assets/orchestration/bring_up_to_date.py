@@ -26,6 +26,7 @@ from distill_assets.student_evaluation.report import HTML_FILE
 from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
 
 StepListener = Callable[[str], None]
+POOL_SECONDS = 1.0  # between two looks at a pool that is full
 WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", "student_evaluation"})
 
 
@@ -86,8 +87,6 @@ def bring_up_to_date(
     report = RunReport() if report is None else report
     home.sweep()
     with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
-        for run_id in close_dead_runs(instance):
-            on_step(f"closed run {run_id[:8]}, whose process was gone")
         pipeline = Pipeline(home, rehash=rehash)
         walk = _Walk(definitions, instance, pipeline, report, device, force, on_step, check_interrupt)
         try:
@@ -120,6 +119,8 @@ class _Walk:
         self.device, self.force, self.on_step = device, force, on_step
         self.check_interrupt = check_interrupt
         self.report = report
+
+        self._close_dead_runs()
 
     def everything(self, shards: Sequence[str]) -> None:
         plan = self.pipeline.plan()
@@ -212,7 +213,7 @@ class _Walk:
     def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> bool:
         """Run one asset; False when its body found its output there already and said so."""
         config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
-        self._say_who_is_waited_for(asset)
+        self._wait_for_pools(asset)
         run_id = str(uuid.uuid4())
         try:
             result = self.job.execute_in_process(
@@ -234,13 +235,26 @@ class _Walk:
         [event] = result.asset_materializations_for_node(asset)
         return event.metadata[metadata.WRITTEN].value is not False if metadata.WRITTEN in event.metadata else True
 
-    def _say_who_is_waited_for(self, asset: str) -> None:
+    def _wait_for_pools(self, asset: str) -> None:
+        """Wait until no slot is missing, saying who holds it. Left to itself Dagster would wait too, but
+        without sleeping, and deaf to Ctrl-C.
+        """
         for pool in self.graph.get(dg.AssetKey(asset)).pools or ():
-            if holder := holder_of(self.instance, pool):
-                self.on_step(
-                    f"{asset} waits for the {pool} pool, held by {holder}; if that process is gone, "
-                    f"free the slot in the web UI (Deployment, Concurrency)"
-                )
+            said = None
+            while holder := holder_of(self.instance, pool):
+                if holder != said:
+                    self.on_step(
+                        f"{asset} waits for the {pool} pool, held by {holder}; if that process is gone, "
+                        f"free the slot in the web UI (Deployment, Concurrency)"
+                    )
+                    said = holder
+                time.sleep(POOL_SECONDS)
+                self.check_interrupt()
+                self._close_dead_runs()
+
+    def _close_dead_runs(self) -> None:
+        for run_id in close_dead_runs(self.instance):
+            self.on_step(f"closed run {run_id[:8]}, whose process was gone")
 
     def _report_students(self) -> None:
         students = self.states.students

@@ -13,9 +13,10 @@ Due = Mapping[str, str]  # partition -> what would be tried: asked for again onl
 
 
 def due(instance: dg.DagsterInstance, states: AssetStates, asset: str) -> Due | None:
-    """What of `asset` should run, by partition; None while an input is missing, stale or refused.
+    """What of `asset` should run, by partition; None while an input is missing or stale.
 
-    Raises DistillError when the home cannot be looked at.
+    Raises DistillError where there is more to say: an unreadable distill.yaml, an impossible student, no
+    held-out shard.
     """
     if not _inputs_are_ready(instance, states, asset):
         return None

@@ -16,12 +16,18 @@ def shard_data_version(shard_version: str, capture_id: str) -> str:
     return f"{shard_version[:16]}-{capture_id}"
 
 
+def partition_changes(instance: dg.DagsterInstance, keys: set[str]) -> tuple[list[str], list[str]]:
+    """(to add, to delete) so that the registered partitions are exactly `keys`."""
+    registered = set(instance.get_dynamic_partitions(SHARDS))
+    return sorted(keys - registered), sorted(registered - keys)
+
+
 def sync_partitions(instance: dg.DagsterInstance, keys: set[str]) -> None:
     """Make the registered partitions exactly `keys`."""
-    registered = set(instance.get_dynamic_partitions(SHARDS))
-    if new := sorted(keys - registered):
+    new, gone = partition_changes(instance, keys)
+    if new:
         instance.add_dynamic_partitions(SHARDS, new)
-    for key in sorted(registered - keys):
+    for key in gone:
         instance.delete_dynamic_partition(SHARDS, key)
 
 

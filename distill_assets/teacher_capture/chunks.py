@@ -156,8 +156,9 @@ class ChunkFolder:
         return [path for path in sorted(self.folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
 
     def is_finished(self, chunk: Chunk) -> bool:
-        """Whether these very rows were finished before. A damaged file is done again."""
+        """Whether these very rows were finished before, undamaged to the last byte."""
         try:
+            pq.read_table(self._file(chunk), page_checksum_verification=True)
             return bool(self._footer(chunk)["rows"] == chunk.fingerprint)
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
             return False

@@ -136,3 +136,10 @@ def test_sweeping_removes_unfinished_neighbours_only(tmp_path: Path) -> None:
         ".partial-0123abcd-model",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.parquet"]
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "model") as beside:
+        (beside / "private").touch(mode=0o600)
+    folder = tmp_path / "model"
+    assert (folder / "private").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
+import psutil
 import pytest
 from dagster import DagsterRunStatus
 
@@ -82,6 +83,33 @@ def test_a_killed_run_is_waited_for_while_it_lives_and_closed_when_it_is_dead(ho
     with open_instance(Home(home)) as instance:
         [dead] = instance.get_runs(filters=dg.RunsFilter(statuses=[DagsterRunStatus.FAILURE]))
         assert dead.run_id[:8] in said[0]
+
+
+def test_a_waiting_run_sleeps_and_hears_ctrl_c(home: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(home)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    command = [sys.executable, "-m", "distill_assets.cli", "run", "--home", str(home), "--device", "cpu"]
+    waiter = None
+    try:
+        assert holder.stdout is not None
+        while "in the middle" not in (line := holder.stdout.readline()):
+            assert line, "the holder ended before it captured"
+        waiter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert waiter.stderr is not None
+        while "waits for the gpu pool" not in (line := waiter.stderr.readline()):
+            assert line, "the second run did not wait"
+        busy, began = psutil.Process(waiter.pid).cpu_times().user, time.monotonic()
+        time.sleep(4)
+        assert psutil.Process(waiter.pid).cpu_times().user - busy < (time.monotonic() - began) / 2
+        waiter.send_signal(signal.SIGINT)
+        assert waiter.wait(timeout=15) == 1
+        assert "interrupted" in waiter.stderr.read()
+    finally:
+        for process in (holder, waiter):
+            if process is not None:
+                process.kill()
+                process.wait()
 
 
 def test_a_run_killed_while_it_waited_is_closed_too(home: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.progress import Progress
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.chunks import CHUNK_BATCHES, plan_chunks, plan_windows
@@ -119,7 +118,7 @@ def test_a_forced_capture_trusts_nothing_but_itself(bench: Bench) -> None:
     assert tokens == stats.tokens_captured
 
 
-def test_a_damaged_chunk_is_done_again_or_named(bench: Bench) -> None:
+def test_damaged_chunks_are_done_again(bench: Bench) -> None:
     killed_after(bench, 120)
     [folder] = bench.home.captures.rglob(".unfinished-*")
     first = sorted(folder.glob("*.parquet"))[0]
@@ -129,9 +128,6 @@ def test_a_damaged_chunk_is_done_again_or_named(bench: Bench) -> None:
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    with pytest.raises(CaptureError, match=rf"{flipped.name}.*delete it and run again"):
-        capture(bench)
-    flipped.unlink()
     assert capture(bench)[0].capture.stats.rows_captured == ROWS
 
 
