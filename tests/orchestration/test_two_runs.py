@@ -95,7 +95,13 @@ def test_a_waiting_run_sleeps_and_hears_ctrl_c(home: Path) -> None:
         assert holder.stdout is not None
         while "in the middle" not in (line := holder.stdout.readline()):
             assert line, "the holder ended before it captured"
-        waiter = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        waiter = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job has it ignored
+        )
         assert waiter.stderr is not None
         while "waits for the gpu pool" not in (line := waiter.stderr.readline()):
             assert line, "the second run did not wait"
