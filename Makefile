@@ -26,7 +26,7 @@ demo: setup  ## fill data/ with a small teacher and corpus, and run the whole pi
 	$(BIN)/distill demo
 
 test: check  ## everything `check` does, then the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup  ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .
