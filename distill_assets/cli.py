@@ -13,6 +13,7 @@ import shlex
 import signal
 import socket
 import sys
+import webbrowser
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version as package_version
@@ -224,11 +225,11 @@ def _bring_up_to_date(home: Home, as_json: bool, **options: Any) -> None:
         report.raise_failures()
     except DistillError as error:
         if as_json:  # what was done before the error is told with it
-            print_json(asdict(report) | {"error": str(error)})
+            print_json(report.to_json() | {"error": str(error)})
             error.answered = True  # type: ignore[attr-defined]
         raise
     if as_json:
-        print_json(asdict(report))
+        print_json(report.to_json())
 
 
 @app.command()
@@ -326,8 +327,8 @@ def report(
         print_json({"path": str(path)})
     else:
         typer.echo(str(path))
-    if open_it:
-        typer.launch(str(path))
+    if open_it and not webbrowser.open(path.as_uri()):
+        errors.print("[dim]no browser was found to open it in[/]")
 
 
 @app.command()
@@ -343,7 +344,7 @@ def ui(
     _require_free(port)
     found.prepare_dagster()
     os.environ.update(environment(found))
-    errors.print(f"web UI of {found.root}: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    errors.print(f"web UI of {found.root}: http://127.0.0.1:{port} (answers in some seconds; Ctrl-C ends it)")
     command = ["dagster", "dev", "-m", "distill_assets.definitions", "-h", "127.0.0.1", "-p", str(port)]
     # A script's background job starts with SIGINT ignored, and Dagster then ignores SIGTERM as well.
     for number in (signal.SIGINT, signal.SIGTERM):

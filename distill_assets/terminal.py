@@ -273,9 +273,9 @@ def show_run(report: RunReport) -> None:
             f"{counted(catalog['supervised_tokens'], 'scored position')}, {catalog['bytes_per_token']:.1f} bytes each, "
             f"{catalog['mean_kept_ids']:.1f} ids and {catalog['mean_kept_mass']:.1%} of the mass kept."
         )
-    if report.evaluation:
+    if report.summary:
         out.print()
-        show_rows(tuple(report.evaluation[0]), [tuple(row.values()) for row in report.evaluation])
+        show_rows(tuple(report.summary[0]), [tuple(row.values()) for row in report.summary])
     if report.student_id:
         out.print(f"\nStudent {report.student_id}" + (f", report {report.report}" if report.report else ""))
 

@@ -8,7 +8,7 @@ run records, one load of the teacher, no run for what did not change.
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -32,7 +32,9 @@ WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", 
 
 @dataclass
 class RunReport:
-    """What a run did. `captured_shards`: those for which a file was written."""
+    """What a run did. `captured_shards`: those for which a file was written; `evaluation`: figures by model
+    and metric, of which `summary` is the table in words.
+    """
 
     captured_shards: list[str] = field(default_factory=list)
     rows_captured: int = 0
@@ -44,7 +46,8 @@ class RunReport:
     catalog: dict[str, Any] | None = None
     student_id: str | None = None
     control_id: str | None = None
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    summary: list[dict[str, str]] = field(default_factory=list)
     report: str | None = None
     seconds: float = 0.0
 
@@ -52,6 +55,10 @@ class RunReport:
         first, *others = self.failures.values()
         more = f" (and {len(others)} more; `distill plan` lists them)" if others else ""
         return f"{first}{more}\nno student was trained; shards that could be captured are kept"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as numbers: the table in words is for terminals."""
+        return {name: value for name, value in asdict(self).items() if name != "summary"}
 
     def raise_failures(self) -> None:
         """CaptureError when a shard failed, in two lines."""
@@ -155,7 +162,7 @@ class _Walk:
         present = {p.shard for p in plan.shards if p.state != "removed"}
         if not present:
             where = f"data.shards ({self.pipeline.settings.data.shards}) in {self.pipeline.home.root}"
-            raise StaleInputs(f"there are no shards: nothing matches {where}; put a file there")
+            raise StaleInputs(f"there are no shards: nothing matches {where}; put a file there, or mend the pattern")
         for shard in shards:
             if shard not in present:
                 raise UsageError(f"there is no shard {shard}; `distill plan` lists them")
@@ -261,9 +268,11 @@ class _Walk:
         self.report.student_id = students.ids["student"]
         self.report.control_id = students.ids.get("control")
         if record := students.evaluation():
-            self.report.evaluation = record["summary"]
+            overall = record["overall"]
+            self.report.evaluation = {name: overall[name] for name in ("n_rows", "n_positions", "models")}
+            self.report.summary = record["summary"]
             self.report.report = str(students.report_folder / HTML_FILE)
 
 
 def _why(plan: ShardPlan) -> str:
-    return f"{plan.state}: {plan.rows_to_capture:,} rows of {plan.rows or 0:,}"
+    return plan.state if plan.rows is None else f"{plan.state}: {plan.rows_to_capture:,} rows of {plan.rows:,}"
