@@ -6,14 +6,18 @@ K = most ids kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill_assets.dataset_shards.encode import EncodedRow
-from distill_assets.foundation.errors import CaptureError
-from distill_assets.foundation.language_model import HEAD_ROWS, hidden_states, real_logits
+from distill_assets.foundation.devices import is_out_of_memory
+from distill_assets.foundation.errors import CaptureError, OutOfMemory
+from distill_assets.foundation.language_model import head_rows, hidden_states, real_logits
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher, sparsify
@@ -45,14 +49,58 @@ def score_rows(
 ) -> Iterator[tuple[int, SparseTargets]]:
     """Yield (index, targets) for every row, batch by batch, not in order.
 
-    Raises CaptureError, naming row and position, when the teacher's logits are not finite.
+    One batch ahead: while a GPU computes a batch, the one before is copied to the host and unpacked.
+    Raises CaptureError, naming row and position, when the teacher's logits are not finite; OutOfMemory
+    when a batch does not fit.
     """
+    ahead: _Launched | None = None
     for batch in plan_batches([len(row.input_ids) for row in rows], batch_tokens):
-        yield from zip(batch, _score_batch(teacher, [rows[i] for i in batch], targets), strict=True)
+        launched = _launch(teacher, batch, [rows[i] for i in batch], targets)
+        if ahead is not None:
+            yield from ahead.collect()
+        ahead = launched
+    if ahead is not None:
+        yield from ahead.collect()
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose figures are on their way to the host; `copied` fires when they are there."""
+
+    indices: Sequence[int]
+    rows: Sequence[EncodedRow]
+    positions: Sequence[np.ndarray]
+    columns: Mapping[str, Tensor]
+    copied: torch.cuda.Event | None
+
+    def collect(self) -> Iterator[tuple[int, SparseTargets]]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        yield from zip(self.indices, _to_rows(self.columns, self.rows, self.positions), strict=True)
+
+
+def _launch(teacher: Teacher, indices: Sequence[int], rows: Sequence[EncodedRow], targets: TargetSettings) -> _Launched:
+    try:
+        return _run_batch(teacher, indices, rows, targets)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the except block: the error's traceback holds on to every tensor of the batch.
+    gc.collect()
+    if teacher.device.type == "cuda":
+        torch.cuda.empty_cache()
+    longest = max(len(row.input_ids) for row in rows)
+    raise OutOfMemory(
+        f"{teacher.device} has no memory left for a forward pass of {len(rows)} x {longest} tokens; "
+        "lower data.max_length, or use a device with more",
+        len(rows),
+    )
 
 
 @torch.inference_mode()
-def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSettings) -> list[SparseTargets]:
+def _run_batch(
+    teacher: Teacher, indices: Sequence[int], rows: Sequence[EncodedRow], targets: TargetSettings
+) -> _Launched:
     longest = max(len(row.input_ids) for row in rows)
     ids_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
     for b, row in enumerate(rows):
@@ -60,31 +108,47 @@ def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSe
     positions = [supervised_positions(row) for row in rows]
     row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in positions]))
     position_N = torch.from_numpy(np.concatenate(positions).astype(np.int64))
-    gold_N = ids_BT[row_N, position_N + 1].to(teacher.device)
 
     hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
-    hidden_ND = hidden_BTD[row_N.to(teacher.device), position_N.to(teacher.device)]
+    device = hidden_BTD.device  # not the teacher's first one where its layers are spread over several
+    hidden_ND = hidden_BTD[row_N.to(device), position_N.to(device)]
     del hidden_BTD
-    scored = [
-        sparsify(
-            real_logits(teacher.model, hidden_ND[start : start + HEAD_ROWS], teacher.n_real, teacher.unused),
-            gold_N[start : start + HEAD_ROWS],
-            targets,
-        )
-        for start in range(0, len(hidden_ND), HEAD_ROWS)
+    parts = sparsify_chunks(teacher, hidden_ND, ids_BT[row_N, position_N + 1].to(device), targets)
+    columns = {
+        field.name: _to_host(torch.cat([getattr(part, field.name) for part in parts])) for field in fields(parts[0])
+    }
+    copied = None
+    if device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+    return _Launched(indices, rows, positions, columns, copied)
+
+
+def sparsify_chunks(
+    teacher: Teacher, hidden_ND: Tensor, gold_N: Tensor, targets: TargetSettings
+) -> list[ScoredPositions]:
+    """Head and sparse targets of N positions, a bounded number of them at a time."""
+    rows = head_rows(teacher.model)
+    return [
+        sparsify(real_logits(teacher.model, hidden_CD, teacher.n_real, teacher.unused), gold_C, targets)
+        for hidden_CD, gold_C in zip(hidden_ND.split(rows), gold_N.split(rows), strict=True)
     ]
-    return _to_rows(scored, rows, positions)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that is under way, where the device can; else a finished one."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _to_rows(
-    scored: Sequence[ScoredPositions], rows: Sequence[EncodedRow], positions: Sequence[np.ndarray]
+    columns: Mapping[str, Tensor], rows: Sequence[EncodedRow], positions: Sequence[np.ndarray]
 ) -> list[SparseTargets]:
-    def host(name: str) -> np.ndarray:
-        array: np.ndarray = torch.cat([getattr(part, name) for part in scored]).cpu().numpy()
-        return array
-
-    ids_NK, logprobs_NK, keep_NK = host("ids_NK"), host("logprobs_NK"), host("keep_NK")
-    tail_N, gold_N, entropy_N = host("tail_logprob_N"), host("gold_logprob_N"), host("entropy_N")
+    host = {name: column.numpy() for name, column in columns.items()}
+    ids_NK, logprobs_NK, keep_NK = host["ids_NK"], host["logprobs_NK"], host["keep_NK"]
+    tail_N, gold_N, entropy_N = host["tail_logprob_N"], host["gold_logprob_N"], host["entropy_N"]
     out: list[SparseTargets] = []
     start = 0
     for row, positions_P in zip(rows, positions, strict=True):

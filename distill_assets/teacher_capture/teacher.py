@@ -6,6 +6,8 @@ Legend: N = chosen positions, V = real vocabulary ids, K = most ids kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,16 +15,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill_assets.foundation.devices import cuda_choices, fits_one, leased, resolve_device
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.language_model import (
     head_width,
     load_model,
     load_tokenizer,
     real_vocabulary_size,
-    resolve_device,
     unused_ids,
 )
-from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype, TargetSettings
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,31 @@ class Teacher:
         return self.model.device
 
 
+@contextmanager
+def teacher_in_turn(weights: Weights, dtype: Dtype, device: str) -> Iterator[Teacher]:
+    """The teacher on a device that is ours meanwhile.
+
+    Where `device` leaves a choice of CUDA devices, one is leased, so that runs at the same time take one
+    each; a teacher that does not fit into one is spread over all of them.
+    """
+    choices = cuda_choices(device)
+    spread = bool(choices) and not fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices)
+    with leased(choices, every=spread) as one:
+        yield load_teacher(weights, dtype, one or device, spread)
+
+
 @lru_cache(maxsize=1)
-def load_teacher(folder: ModelFolder, fingerprint: str, dtype: Dtype, device: str) -> Teacher:
+def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = False) -> Teacher:
     """Load a teacher, or give back the one loaded last if it is the same.
 
-    `fingerprint` is there for the cache: weights replaced under the same name are loaded again.
+    CaptureError when its files are no longer those that were hashed: a capture must never be filed under
+    weights that did not make it.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype, target)
+    tokenizer = load_tokenizer(weights.folder)
+    model = load_model(weights.folder, dtype, target, spread)
+    if weights.folder.stamp() != weights.stamp:
+        raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
     n_real = min(
         real_vocabulary_size(tokenizer), head_width(model)
     )  # a narrower head is refused by the tokenizer check
