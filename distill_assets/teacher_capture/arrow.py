@@ -23,6 +23,7 @@ from distill_assets.teacher_capture.sparse_targets import (
 )
 
 _PER_POSITION = ("tail_logprob", "gold_logprob", "entropy")
+_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
 def capture_schema(precision: str) -> pa.Schema:
@@ -48,17 +49,24 @@ def capture_schema(precision: str) -> pa.Schema:
     )
 
 
-def parquet_writer(path: Path, precision: str) -> pq.ParquetWriter:
-    """A writer of capture files; what compresses best was measured on real text."""
-    quantised = "support_q" if precision == "compact" else "support_logprobs"
+def parquet_writer(path: Path, precision: str, level: int = 17) -> pq.ParquetWriter:
+    """A writer of capture files. `level` of zstd: 1 for what is soon read and removed.
+
+    Encodings are those that came out smallest on real text (benchmarks/storage.py). Splitting ids into their
+    bytes gives zstd what bit-packed dictionary indices hide from it: high bytes that repeat.
+    """
     leaf = "list.element.list.element"
+    support = "support_q" if precision == "compact" else "support_logprobs"
+    split = [f"support_ids.{leaf}", f"{support}.{leaf}"]
+    numbers = [f"{name}.list.element" for name in _PER_POSITION]
     return pq.ParquetWriter(
         path,
         capture_schema(precision),
         compression="zstd",
-        compression_level=6,
+        compression_level=level,
         write_page_checksum=True,
-        use_dictionary=["key", "id", f"support_ids.{leaf}", f"{quantised}.{leaf}", "input_ids.list.element"],
+        use_dictionary=["key", "id", "input_ids.list.element", *(numbers if precision == "compact" else ())],
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
     )
 
 
@@ -79,11 +87,16 @@ def to_arrow(rows: Sequence[CapturedRow], precision: str) -> pa.Table:
 
     logprobs_N = joined("support_logprobs_N", np.float32)
     support = pa.array(encode_logprobs(logprobs_N) if precision == "compact" else logprobs_N)
-    tail_P = joined("tail_logprob_P", np.float32)
+
+    def rounded(name: str) -> NDArray[np.float16]:
+        values = joined(name, np.float32)
+        return (np.rint(values * _STEPS) / _STEPS if precision == "compact" else values).astype(np.float16)
+
+    tail_P = rounded("tail_logprob_P")
     per_position = {
-        "tail_logprob": pa.array(tail_P.astype(np.float16), mask=np.isneginf(tail_P)),
-        "gold_logprob": pa.array(joined("gold_logprob_P", np.float16)),
-        "entropy": pa.array(joined("entropy_P", np.float16)),
+        "tail_logprob": pa.array(tail_P, mask=np.isneginf(tail_P)),
+        "gold_logprob": pa.array(rounded("gold_logprob_P")),
+        "entropy": pa.array(rounded("entropy_P")),
     }
     ids = np.concatenate([row.input_ids for row in rows]).astype(np.int32) if rows else np.zeros(0, dtype=np.int32)
     columns = [

@@ -33,7 +33,7 @@ from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import Capture, CaptureStore
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
 
 
@@ -117,7 +117,11 @@ def _capture(
     todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
     meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
-    with ExitStack() as turn, ChunkWriter(finished) as writer:
+    with (
+        store.publishing(*name, spec.targets.precision) as file,
+        ExitStack() as turn,
+        ChunkWriter(finished, file, chunks) as writer,
+    ):
         teacher: Teacher | None = None
         for window in plan_windows(todo):
             stored = before.rows({row.key for chunk in window for row in chunk.rows})
@@ -138,16 +142,14 @@ def _capture(
                 derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
                 rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
                 tokens = sum(len(row.input_ids) for row in fresh)
-                writer.write(chunk, rows, Cost(len(fresh), tokens, time.monotonic() - began), derived_from)
-    capture = store.publish(
-        finished.tables(chunks),
-        spec.targets.precision,
-        _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)},
-        total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target),
-    )
+                cost = Cost(len(fresh), tokens, time.monotonic() - began)
+                writer.write(chunk, rows, spec.targets.precision, cost, derived_from)
+        writer.finish_all()
+        footer = _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)}
+        file.describe(footer, total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target))
     finished.clear()
     return CaptureReport(
-        capture, written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
+        read_capture(file.path), written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
     )
 
 

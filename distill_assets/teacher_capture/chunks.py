@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,11 +27,12 @@ from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import FOOTER, CaptureStats
+from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats
 
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
+_FAST = 1  # level of zstd for files that live as long as the capture is under way
 _BUDGET = "forward_tokens.json"
 
 
@@ -179,11 +181,13 @@ class ChunkFolder:
         footer: dict[str, Any] = json.loads(metadata[_FOOTER])
         return footer
 
-    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
+    def write(self, chunk: Chunk, table: pa.Table, figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
-        figures = Figures.of(rows, cost)
-        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self._precision) as writer:
-            writer.write_table(to_arrow(rows, self._precision))
+        with (
+            replacing(self._file(chunk)) as beside,
+            parquet_writer(beside, self._precision, _FAST) as writer,
+        ):
+            writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
 
@@ -211,27 +215,27 @@ class ChunkFolder:
         """Captures that served some of these rows."""
         return sorted({source for chunk in chunks for source in self._footer(chunk).get("derived_from", ())})
 
-    def tables(self, chunks: Sequence[Chunk]) -> Iterator[pa.Table]:
-        """The rows of these chunks, as stored; CaptureError when a file is damaged."""
-        for chunk in chunks:
-            file = self._file(chunk)
-            try:
-                yield pq.read_table(file, page_checksum_verification=True)
-            except (OSError, pa.ArrowException) as error:
-                raise CaptureError(f"{file}: damaged or unreadable ({error}); delete it and run again") from error
+    def table(self, chunk: Chunk) -> pa.Table:
+        """The rows of a finished chunk, as stored; CaptureError when the file is damaged."""
+        file = self._file(chunk)
+        try:
+            return pq.read_table(file, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise CaptureError(f"{file}: damaged or unreadable ({error}); delete it and run again") from error
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class ChunkWriter:
-    """Writes chunks in a thread, one at a time, while the teacher computes the next.
+    """Writes chunks in a thread, one at a time, while the teacher computes the next: each into its own file,
+    so that a kill does not cost it, and then, in the order of the shard, into the capture file.
 
-    An error of the thread is raised by the next call; leaving the block waits for the last chunk.
+    An error of the thread is raised by the next call.
     """
 
-    def __init__(self, folder: ChunkFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: ChunkFolder, capture: CaptureFile, chunks: Sequence[Chunk]) -> None:
+        self._folder, self._capture, self._ahead = folder, capture, deque(chunks)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-writer")
         self._writing: Future[None] | None = None
         self._keys: frozenset[str] = frozenset()
@@ -239,21 +243,40 @@ class ChunkWriter:
     def __enter__(self) -> ChunkWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
-        if kind is None:
-            self._wait()
 
-    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
+    def write(
+        self, chunk: Chunk, rows: Sequence[CapturedRow], precision: str, cost: Cost, derived_from: Collection[str]
+    ) -> None:
         """Have a chunk written; waits while there is another one in hand."""
         self._wait()
-        self._keys = frozenset(row.key for row in chunk.rows)
-        self._writing = self._thread.submit(self._folder.write, chunk, rows, cost, derived_from)
+        self._keys = frozenset(row.key for row in rows)
+        self._writing = self._thread.submit(self._write, chunk, rows, precision, cost, derived_from)
+
+    def _write(
+        self, chunk: Chunk, rows: Sequence[CapturedRow], precision: str, cost: Cost, derived_from: Collection[str]
+    ) -> None:
+        table = to_arrow(rows, precision)
+        self._folder.write(chunk, table, Figures.of(rows, cost), derived_from)
+        self._append_up_to(chunk)
+        self._ahead.popleft()
+        self._capture.append(table)
+
+    def _append_up_to(self, chunk: Chunk | None) -> None:
+        """Append chunks that were finished before this run."""
+        while self._ahead and self._ahead[0] is not chunk:
+            self._capture.append(self._folder.table(self._ahead.popleft()))
 
     def finish(self, keys: Collection[str]) -> None:
         """Wait for the chunk in hand if it holds one of `keys`."""
         if not self._keys.isdisjoint(keys):
             self._wait()
+
+    def finish_all(self) -> None:
+        """Wait until every chunk is in the capture file."""
+        self._wait()
+        self._append_up_to(None)
 
     def _wait(self) -> None:
         if self._writing is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version as package_version
@@ -158,6 +159,23 @@ def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[Ca
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
+class CaptureFile:
+    """A capture file under way. `describe` it before its block ends: a file without a footer is no capture."""
+
+    def __init__(self, path: Path, writer: pq.ParquetWriter) -> None:
+        self.path = path
+        self._writer = writer
+
+    def append(self, table: pa.Table) -> None:
+        self._writer.write_table(table)
+
+    def describe(self, footer: Mapping[str, Any], stats: CaptureStats) -> None:
+        """Say in the footer what the file is: identity, settings, what a position means, statistics, tools."""
+        tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
+        content = {**footer, "position": POSITION_MEANING, "stats": asdict(stats), "tools": tools}
+        self._writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
+
+
 class CaptureStore:
     """Finds and writes the files below `captures/`. Holds no state of its own."""
 
@@ -206,18 +224,12 @@ class CaptureStore:
         chunks = (self.root / capture_id).glob(f"{_UNFINISHED}*/*.parquet")
         return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
 
-    def publish(
-        self, tables: Iterable[pa.Table], precision: str, footer: Mapping[str, Any], stats: CaptureStats
-    ) -> Capture:
-        """Write a capture file, a row group a table; it appears whole or not at all. `footer` names it."""
-        path = self.path_of(footer["capture_id"], footer["shard"], footer["version"])
-        tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
-        content = {**footer, "position": POSITION_MEANING, "stats": asdict(stats), "tools": tools}
+    @contextmanager
+    def publishing(self, capture_id: str, shard: str, version: str, precision: str) -> Iterator[CaptureFile]:
+        """A capture file to fill, a row group a table; when the block ends it appears whole, or not at all."""
+        path = self.path_of(capture_id, shard, version)
         with replacing(path) as beside, parquet_writer(beside, precision) as writer:
-            for table in tables:
-                writer.write_table(table)
-            writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
-        return read_capture(path)
+            yield CaptureFile(path, writer)
 
     def _failure_file(self, capture_id: str, shard: str, version: str) -> Path:
         return self.path_of(capture_id, shard, version).with_suffix(".failed.json")

@@ -45,8 +45,12 @@ def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder
     kept = []
     for mine, theirs in zip(read_rows(derived.path), read_rows(direct.path), strict=True):
         a, b = mine.targets, theirs.targets
-        for name in ("positions_P", "offsets_P1", "support_ids_N", "support_logprobs_N", "gold_logprob_P", "entropy_P"):
+        for name in ("positions_P", "offsets_P1", "support_ids_N"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
+        # The sum over the vocabulary is taken in another order where other ids are kept.
+        assert np.allclose(a.support_logprobs_N, b.support_logprobs_N, atol=2e-6)
+        for name in ("gold_logprob_P", "entropy_P"):
+            assert np.allclose(getattr(a, name), getattr(b, name), rtol=2e-3), name  # stored as float16
         assert np.allclose(np.exp(a.tail_logprob_P), np.exp(b.tail_logprob_P), atol=1e-3)  # stored as float16
         kept += a.kept_P.tolist()
     assert min(kept) < max(kept) == 5  # both limits were met
@@ -59,7 +63,9 @@ def test_a_compact_capture_keeps_its_mass_when_narrowed(tmp_path: Path, teacher_
         starts = theirs.targets.offsets_P1[:-1]
         expected = (starts[:, None] + np.arange(3)).ravel()
         assert np.array_equal(mine.targets.support_ids_N, theirs.targets.support_ids_N[expected])
-        assert np.allclose(mine.targets.log_total_mass_P(), theirs.targets.log_total_mass_P(), atol=2e-3)
+        assert np.allclose(
+            mine.targets.log_total_mass_P(), theirs.targets.log_total_mass_P(), atol=1e-2
+        )  # tails are stored in 1/64 nat
 
 
 def test_where_it_came_from_is_handed_on_and_force_asks_the_teacher(tmp_path: Path, teacher_folder: Path) -> None:
