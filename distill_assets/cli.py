@@ -187,7 +187,8 @@ def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOpt
     """What a run would capture, and why; runs nothing."""
     capture_plan = _pipeline(find_home(home), rehash).plan()
     if as_json:
-        print_json({"capture_id": capture_plan.capture_id, "shards": [asdict(s) for s in capture_plan.shards]})
+        shards = [asdict(shard) for shard in capture_plan.shards]
+        print_json({"capture_id": capture_plan.capture_id, "shards": shards, "basis": capture_plan.basis})
     else:
         terminal.show_plan(capture_plan)
 

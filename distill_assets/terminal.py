@@ -179,16 +179,19 @@ def show_plan(plan: CapturePlan) -> None:
     out.print()
     for line in plan_summary(plan.shards):
         out.print(line)
+    if any(shard.is_to_capture for shard in plan.shards):
+        out.print(f"[dim]Estimated from {plan.basis}.[/]", soft_wrap=True)
 
 
 def plan_summary(shards: Sequence[ShardPlan]) -> list[str]:
-    """What is to capture and what it costs, what cannot be captured, and why an estimate is missing."""
+    """What is to capture and what it costs, and what cannot be captured."""
     todo = [shard for shard in shards if shard.is_to_capture]
     again = sum(shard.state == "failed" for shard in todo)
     failed = sum(shard.state == "failed" for shard in shards) - again
     tokens = sum(shard.tokens_to_capture for shard in todo)
     seconds = [shard.estimated_seconds for shard in todo if shard.estimated_seconds is not None]
     known = f", {_about(sum(seconds))}" if seconds else ""
+    known += f", {_size(sum(shard.estimated_bytes or 0 for shard in todo))} on disk" if todo else ""
     lines = [
         f"{len(todo):,} of {counted(len(shards), 'shard')} to capture"
         + (f" ({again:,} of them failed before and will be tried again)" if again else "")
@@ -196,9 +199,13 @@ def plan_summary(shards: Sequence[ShardPlan]) -> list[str]:
     ]
     if failed:
         lines.append(f"{counted(failed, 'shard')} failed and cannot be captured until mended.")
-    if tokens and not seconds:
-        lines.append("Seconds are estimated from earlier captures; there is no estimate before the first capture.")
     return lines
+
+
+def _size(n_bytes: int) -> str:
+    """`3.1 MB`, in powers of a thousand as disks are sold."""
+    unit = min(3, max(0, (len(str(n_bytes)) - 1) // 3))
+    return f"{n_bytes / 1000**unit:,.{1 if unit else 0}f} {('bytes', 'kB', 'MB', 'GB')[unit]}"
 
 
 def _about(seconds: float) -> str:
@@ -266,6 +273,13 @@ def show_run(report: RunReport) -> None:
             f"{counted(report.rows_captured, 'row')} through the teacher "
             f"({counted(report.tokens_captured, 'token')}{speed}), {counted(report.rows_reused, 'row')} reused. "
             f"{report.seconds:,.1f} s in all."
+        )
+    if foreseen := report.estimate:
+        seconds = "no time" if foreseen["seconds"] is None else f"{foreseen['seconds']:,.1f} s"
+        out.print(
+            f"[dim]Estimated: {seconds}, {_size(foreseen['bytes'])}; it took {report.capture_seconds:,.1f} s and "
+            f"{_size(report.bytes_written)}. (From {foreseen['basis']}.)[/]",
+            soft_wrap=True,
         )
     if catalog := report.catalog:
         out.print(

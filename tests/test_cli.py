@@ -89,6 +89,8 @@ def test_run_answers_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
     assert ran["captured_shards"] == ["heldout", "s0", "s1"]
     assert (ran["rows_captured"], ran["rows_reused"]) == (18, 0)
     assert ran["tokens_captured"] > 0 and ran["seconds"] > 0
+    assert ran["estimate"]["seconds"] is None and ran["estimate"]["basis"].startswith("no speed yet")
+    assert ran["estimate"]["bytes"] > 0 and ran["bytes_written"] == ran["catalog"]["bytes"]
     assert (root / "students" / ran["student_id"] / "model.safetensors").is_file()
     assert Path(answer("report", home=root)["path"]).is_file()
 

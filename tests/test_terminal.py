@@ -63,12 +63,14 @@ def test_a_name_wider_than_the_terminal_is_folded() -> None:
 def test_the_summary_counts_what_will_be_tried_and_what_cannot() -> None:
     again = ShardPlan("s3", "failed", "disk was full", 5, 5, 100)
     assert terminal.plan_summary([*PLANS, again]) == [
-        "2 of 4 shards to capture (1 of them failed before and will be tried again), 12,445 tokens for the teacher.",
+        "2 of 4 shards to capture (1 of them failed before and will be tried again), 12,445 tokens for the teacher, "
+        "0 bytes on disk.",
         "1 shard failed and cannot be captured until mended.",
-        "Seconds are estimated from earlier captures; there is no estimate before the first capture.",
     ]
-    known = ShardPlan("s4", "changed", "-", 5, 1, 1, 10, 74.6)
-    assert terminal.plan_summary([known]) == ["1 of 1 shard to capture, 1 token for the teacher, about 75 s."]
+    known = ShardPlan("s4", "changed", "-", 5, 1, 1, 1234567, 74.6)
+    assert terminal.plan_summary([known]) == [
+        "1 of 1 shard to capture, 1 token for the teacher, about 75 s, 1.2 MB on disk."
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -32,8 +32,9 @@ WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", 
 
 @dataclass
 class RunReport:
-    """What a run did. `captured_shards`: those for which a file was written; `evaluation`: figures by model
-    and metric, of which `summary` is the table in words.
+    """What a run did. `captured_shards`: those for which a file was written; `estimate`: seconds, bytes and
+    basis of the plan for these shards; `evaluation`: figures by model and metric, of which `summary` is the
+    table in words.
     """
 
     captured_shards: list[str] = field(default_factory=list)
@@ -41,6 +42,8 @@ class RunReport:
     rows_reused: int = 0
     tokens_captured: int = 0
     capture_seconds: float = 0.0
+    bytes_written: int = 0
+    estimate: dict[str, Any] | None = None
     materialized: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     catalog: dict[str, Any] | None = None
@@ -186,6 +189,7 @@ class _Walk:
         for shard in candidates:
             if shard.key in planned:
                 self._capture_one(shard, _why(planned[shard.key]))
+        self.report.estimate = _estimate(plan, self.report.captured_shards)
         self.pipeline.forget_captures()
         self.states = AssetStates(self.pipeline)
 
@@ -194,13 +198,15 @@ class _Walk:
         try:
             written = self._materialize("teacher_capture", partition=shard.key, why=why)
             now = Pipeline(self.pipeline.home)  # the file may have been edited while other shards were captured
-            stats = now.capture_of(now.shard(shard.key)).stats
+            capture = now.capture_of(now.shard(shard.key))
         except (*SHARD_FAILURES, StaleInputs) as error:
             self._failed(shard.key, str(error))
             return
         if not written:  # somebody else's run was faster
             return
+        stats = capture.stats
         self.report.captured_shards.append(shard.key)
+        self.report.bytes_written += capture.bytes
         self.report.rows_captured += stats.rows_captured
         self.report.rows_reused += stats.rows_reused
         self.report.tokens_captured += stats.tokens_captured
@@ -276,3 +282,16 @@ class _Walk:
 
 def _why(plan: ShardPlan) -> str:
     return plan.state if plan.rows is None else f"{plan.state}: {plan.rows_to_capture:,} rows of {plan.rows:,}"
+
+
+def _estimate(plan: CapturePlan, captured: Sequence[str]) -> dict[str, Any] | None:
+    """What the plan foresaw for shards that were captured, to be told beside what it took."""
+    planned = [p for p in plan.shards if p.shard in captured]
+    if not planned:
+        return None
+    seconds = [p.estimated_seconds for p in planned]
+    return {
+        "seconds": None if None in seconds else round(sum(s for s in seconds if s is not None), 1),
+        "bytes": sum(p.estimated_bytes or 0 for p in planned),
+        "basis": plan.basis,
+    }

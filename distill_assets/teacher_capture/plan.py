@@ -15,6 +15,7 @@ from typing import Literal
 from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import captured_keys
@@ -25,7 +26,7 @@ State = Literal["failed", "new", "settings_changed", "changed", "removed", "curr
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard's state. Estimates are None where no earlier capture exists to go by."""
+    """One shard's state. Seconds are not estimated before the first capture, nor bytes of rows that cannot be read."""
 
     shard: str
     state: State
@@ -44,12 +45,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """The whole plan: `shards` for people, `todo` for whoever runs it."""
+    """The whole plan: `shards` for people, `todo` for whoever runs it, and what its estimates are based on."""
 
     capture_id: str
     shards: tuple[ShardPlan, ...]
     todo: tuple[Shard, ...]
     problems: tuple[str, ...]
+    basis: str
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ class _History:
 
 @dataclass(frozen=True)
 class _Experience:
-    """What earlier captures cost, to estimate from."""
+    """What captures cost: measured, or as a rule of thumb. `basis` says which, in words."""
 
-    bytes_per_row_token: float | None
+    bytes_per_position: float
     tokens_per_second: float | None
+    basis: str
 
 
 def plan_capture(
@@ -98,7 +101,9 @@ def plan_capture(
         ShardPlan(key, "removed", "the file is gone; it leaves the catalog at the next run", None, 0, 0)
         for key in sorted(set(catalogued) - present)
     ]
-    return CapturePlan(spec.capture_id, tuple(sorted(plans, key=lambda p: p.shard)), tuple(todo), tuple(problems))
+    return CapturePlan(
+        spec.capture_id, tuple(sorted(plans, key=lambda p: p.shard)), tuple(todo), tuple(problems), experience.basis
+    )
 
 
 def _plan_shard(
@@ -122,7 +127,7 @@ def _plan_shard(
         reason += f"; {len(others):,} rows can be derived from {from_ids}"
     new = {row.key: row for row in rows if row.key not in own and row.key not in others}
     tokens = sum(len(row.input_ids) for row in new.values())
-    all_tokens = sum(len(row.input_ids) for row in rows)
+    positions = sum(int(row.loss_mask[1:].sum()) for row in rows)
     return ShardPlan(
         shard=shard.key,
         state=state,
@@ -130,7 +135,7 @@ def _plan_shard(
         rows=len(rows),
         rows_to_capture=len(new),
         tokens_to_capture=tokens,
-        estimated_bytes=round(all_tokens * experience.bytes_per_row_token) if experience.bytes_per_row_token else None,
+        estimated_bytes=round(positions * experience.bytes_per_position),
         estimated_seconds=round(tokens / experience.tokens_per_second, 1) if experience.tokens_per_second else None,
     )
 
@@ -146,17 +151,32 @@ def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History
 
 
 def _experience(spec: CaptureSpec, store: CaptureStore) -> _Experience:
-    """Bytes a token and teacher speed, from the captures under this identity, else from all there are."""
-    own = list(_readable(store.files(spec.capture_id).values()))
-    others = [] if own else [c for i in store.capture_ids() for c in _readable(store.files(i).values())]
-    seen = own or others
-    tokens = sum(capture.stats.tokens for capture in seen)
+    """From captures under this identity; else speed from all there are, and bytes by a rule of thumb."""
+    own = _readable(store.files(spec.capture_id).values())
+    seen = own or [c for i in store.capture_ids() for c in _readable(store.files(i).values())]
     run = [capture.stats for capture in seen if capture.stats.tokens_captured]
     seconds = sum(stats.seconds for stats in run)
-    return _Experience(
-        bytes_per_row_token=sum(capture.bytes for capture in seen) / tokens if tokens else None,
-        tokens_per_second=sum(stats.tokens_captured for stats in run) / seconds if seconds > 0 else None,
-    )
+    speed = sum(stats.tokens_captured for stats in run) / seconds if seconds > 0 else None
+    said = f"{speed:,.0f} tokens/s" if speed else "no speed yet"
+    if own:
+        n_bytes = sum(capture.bytes for capture in own) / sum(capture.stats.supervised_tokens for capture in own)
+        basis = f"{said} and {n_bytes:.0f} bytes a scored position, measured on {_captures(own)} under these settings"
+    else:
+        n_bytes = _rule_of_thumb(spec.targets)
+        source = f", measured on {_captures(seen)} under other settings" if speed else " before the first capture"
+        basis = f"{said}{source}; at most {n_bytes:.0f} bytes a scored position, by rule of thumb"
+    return _Experience(n_bytes, speed, basis)
+
+
+def _captures(seen: Collection[Capture]) -> str:
+    return "1 capture" if len(seen) == 1 else f"{len(seen):,} captures"
+
+
+def _rule_of_thumb(targets: TargetSettings) -> float:
+    """Bytes a position with all k ids kept: what benchmarks/storage.py measured, rounded up. A threshold keeps
+    fewer, but how many only the teacher knows.
+    """
+    return 8 + targets.k * (2.2 if targets.precision == "compact" else 4.4)
 
 
 def _readable(paths: Iterable[Path]) -> list[Capture]:

@@ -10,6 +10,7 @@ from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.foundation.errors import ShardError
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
+from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
 from tests.bench import Bench
 
@@ -17,6 +18,11 @@ from tests.bench import Bench
 def plan(bench: Bench, catalogued: tuple[str, ...] = ()) -> dict[str, ShardPlan]:
     discovery = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
     return {p.shard: p for p in plan_capture(bench.spec, discovery, bench.store, catalogued).shards}
+
+
+def basis(bench: Bench) -> str:
+    discovery = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
+    return plan_capture(bench.spec, discovery, bench.store, ()).basis
 
 
 def capture_all(bench: Bench) -> None:
@@ -46,6 +52,25 @@ def test_touching_is_nothing_changing_is_counted_in_rows(bench: Bench) -> None:
     changed = plan(bench)["s1"]
     assert (changed.state, changed.rows, changed.rows_to_capture) == ("changed", 6, 1)
     assert changed.estimated_bytes and changed.estimated_seconds is not None
+
+
+def test_estimates_say_what_they_are_based_on(bench: Bench) -> None:
+    first = plan(bench)["s0"]
+    assert basis(bench) == (
+        "no speed yet before the first capture; at most 26 bytes a scored position, by rule of thumb"
+    )
+    capture_all(bench)
+    made = read_capture(bench.store.path_of(bench.spec.capture_id, "s0", bench.shards["s0"].version))
+    assert first.estimated_bytes == round(made.stats.supervised_tokens * (8 + 8 * 2.2))
+    tiny.write_jsonl(bench.home.root / "shards" / "s9.jsonl", tiny.example_rows(6, start=500))
+    assert basis(bench).endswith("a scored position, measured on 4 captures under these settings")
+    known = plan(bench)["s9"]
+    again = capture_shard(bench.spec, bench.shards["s9"], bench.store, device="cpu").capture
+    assert known.estimated_bytes == pytest.approx(again.bytes, rel=0.2)
+    assert known.estimated_seconds is not None
+    settings = bench.home.settings_file.read_text()
+    bench.home.settings_file.write_text(settings.replace("k: 8", "k: 9"))
+    assert "measured on 5 captures under other settings; at most 28 bytes" in basis(bench)
 
 
 def test_white_space_is_a_change_without_rows(bench: Bench) -> None:
