@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS := capture_speed storage kill capture_reuse
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -37,10 +38,8 @@ check: setup  ## formatting, lint, types, import directions
 ui: setup  ## Dagster's web UI and daemon for data/
 	$(BIN)/distill ui
 
-bench: setup  ## every benchmark, one after another; each prints JSON
-	@set -- benchmarks/*.py; \
-	if [ ! -e "$$1" ]; then echo "benchmarks/ holds no benchmark yet"; exit 0; fi; \
-	for file; do echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; done
+bench: setup  ## every benchmark, one after another; each prints a table; run one by hand with --json for JSON
+	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## remove .venv and caches; data/ is never touched
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

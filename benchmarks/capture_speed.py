@@ -24,12 +24,12 @@ from workload import (
     arguments,
     by_turns,
     n_tokens,
+    random_model,
     real_rows,
     scratch,
     show,
     smollm2,
     uniform,
-    wide_model,
     with_random_ids,
 )
 
@@ -55,7 +55,7 @@ def main() -> None:
     )
     results: list[dict[str, Any]] = []
     with scratch() as folder:
-        narrow, wide = smollm2(), wide_model(Path(folder) / "wide")
+        narrow, wide = smollm2(), random_model(Path(folder) / "wide")
         texts = real_rows(narrow, options.tokens)
         for name, teacher in (("SmolLM2-135M", narrow), (f"random, V = {WIDE_VOCABULARY:,}", wide)):
             rows = texts if teacher is narrow else with_random_ids(texts, WIDE_VOCABULARY)

@@ -7,10 +7,12 @@ is compared is measured in one run, by turns, so that a noisy machine is equally
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,17 +89,17 @@ def smollm2() -> Path:
     return folder
 
 
-def wide_model(folder: Path, vocabulary: int = WIDE_VOCABULARY) -> Path:
-    """A small random Llama with a vocabulary of real size."""
+def random_model(folder: Path, vocabulary: int = WIDE_VOCABULARY, width: int = 512, layers: int = 12) -> Path:
+    """A small random Llama with a vocabulary of words t0, t1, ..."""
     torch.manual_seed(0)
     words = {f"t{i}": i for i in range(vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -119,6 +121,34 @@ def real_rows(teacher: Path, n_tokens: int) -> list[Row]:
         if sum(len(r.ids) for r in rows) >= n_tokens:
             break
     return rows
+
+
+def docstring_rows(teacher: Path, n_tokens: int) -> list[Row]:
+    """Docstrings of the standard library with their names as prompts, up to `n_tokens`; none twice."""
+    tokenizer = load_tokenizer(resolve_model(str(teacher), None, teacher))
+    rows: list[Row] = []
+    seen: set[str] = set()
+    total = 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        if {"test", "tests", "site-packages"} & set(file.parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # samples for parsers
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node)
+            if not text or len(text) < 80 or text in seen:
+                continue
+            seen.add(text)
+            prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{node.name}:\n", text[:1500]))
+            rows.append(Row([*prompt, *completion], len(prompt)))
+            total += len(rows[-1].ids)
+            if total >= n_tokens:
+                return rows
+    raise SystemExit(f"the standard library has only {total:,} tokens of docstrings; ask for fewer with --tokens")
 
 
 def with_random_ids(rows: Iterable[Row], vocabulary: int, seed: int = 0) -> list[Row]:
