@@ -198,9 +198,18 @@ class CaptureStore:
         return found
 
     def find(self, capture_id: str, shard: str, version: str) -> Capture | None:
-        """The capture of this content under this identity, or None; CaptureError when it is damaged."""
+        """The capture of this content under this identity, or None; CaptureError when it is damaged, or by its
+        footer another one.
+        """
         path = self.path_of(capture_id, shard, version)
-        return read_capture(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_capture(path)
+        if (found.capture_id, found.shard, found.version) != (capture_id, shard, version):
+            raise CaptureError(
+                f"{path}: by its footer the capture of shard {found.shard}; `distill run` makes it again"
+            )
+        return found
 
     def current(self, capture_id: str, shard: Shard, skip_bad_rows: bool) -> Capture | None:
         """`find`, but a capture that left out bad rows is not current where such rows fail the shard."""
