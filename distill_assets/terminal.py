@@ -275,6 +275,9 @@ def show_run(report: RunReport) -> None:
             f"{counted(catalog['supervised_tokens'], 'scored position')}, {catalog['bytes_per_token']:.1f} bytes each, "
             f"{catalog['mean_kept_ids']:.1f} ids and {catalog['mean_kept_mass']:.1%} of the mass kept."
         )
+    for name, check in report.checks.items():
+        if not check["passed"]:
+            out.print(f"[yellow]{name} failed:[/] {escape(check['found'])}", soft_wrap=True)
     if report.summary:
         out.print()
         show_rows(tuple(report.summary[0]), [tuple(row.values()) for row in report.summary])

@@ -21,7 +21,7 @@ from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import captured_keys
-from distill_assets.teacher_capture.store import CaptureStore
+from distill_assets.teacher_capture.store import LOCK, CaptureStore
 
 ItemKind = Literal["capture", "unfinished", "failure", "leftover", "stranger", "empty"]
 IDENTITY = re.compile(rf"[0-9a-f]{{{SHORT}}}")  # the name of a folder that is named by an identity
@@ -35,7 +35,8 @@ _NAMES: dict[ItemKind, re.Pattern[str]] = {
 @dataclass(frozen=True)
 class Item:
     """One thing in `captures/`: what its name says it is. `empty` is a capture id's folder with nothing in
-    it; a `stranger` is nothing of ours, a `leftover` the unfinished file of a process.
+    it; a `stranger` is nothing of ours, a `leftover` the unfinished file, or the lock, of a
+    process.
     """
 
     kind: ItemKind
@@ -75,7 +76,7 @@ def _item(entry: os.DirEntry[str], capture_id: str) -> Item:
 
 
 def _unnamed(entry: os.DirEntry[str]) -> ItemKind:
-    return "leftover" if entry.name.startswith(PARTIAL) and not entry.is_symlink() else "stranger"
+    return "leftover" if entry.name.startswith((PARTIAL, LOCK)) and not entry.is_symlink() else "stranger"
 
 
 class Needs:

@@ -10,7 +10,7 @@ Legend: P = supervised positions of a row, N = ids kept in the whole row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,12 @@ from distill_assets.dataset_shards.encode import row_key
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.fingerprints import SHORT, digest
 from distill_assets.foundation.problems import ProblemKind
-from distill_assets.teacher_capture.arrow import from_arrow
-from distill_assets.teacher_capture.chunks import Figures, total_stats
+from distill_assets.teacher_capture.arrow import POSITION_STEPS, from_arrow
+from distill_assets.teacher_capture.chunks import Cost, Figures, total_stats
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import Capture, CaptureStats, read_capture
+from distill_assets.teacher_capture.store import Capture, read_capture
 
-MOST_LOG_MASS = 0.04  # nats that the stored mass of a position may be off one: 1/32 of each id, float16 of the tail
+MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 1/32 of each id, less of the tail
 FLOAT16 = 2.0**-11  # relative rounding of a stored float16
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
 _COUNTED = ("rows", "tokens", "supervised_tokens", "kept_ids", "truncated_rows")
@@ -49,8 +49,8 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
             for i, row in enumerate(rows):
                 if reason := _row_problem(row, start + i, n_ids, capture.identity["targets"]["kind"]):
                     raise CaptureError(f"row {start + i}: {reason}")
-            parts.append(Figures.of(rows, rows_captured=0, tokens_captured=0, seconds=0.0))
-        if reason := statistics_problem(capture.stats, parts):
+            parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
+        if reason := statistics_problem(capture, parts):
             raise CaptureError(reason)
     except CaptureError as error:
         yield "damaged", str(error).removeprefix(f"{path}: ").partition("; ")[0]
@@ -148,30 +148,31 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, kind: str) -> st
     return None
 
 
-def statistics_problem(said: CaptureStats, parts: list[Figures]) -> str | None:
+def position_rounding(value: float, precision: str) -> float:
+    """The most by which storage rounds a tail, gold log-probability or entropy of this size."""
+    return FLOAT16 * abs(value) + (0.5 / POSITION_STEPS if precision == "compact" else 0.0)
+
+
+def statistics_problem(capture: Capture, parts: Sequence[Figures]) -> str | None:
     """The first statistic of a footer that is not that of the rows: counts exactly, means but for the rounding
     of storage, before which they were taken.
     """
+    said = capture.stats
     if not parts:
         return None if said.rows == 0 else f"its footer says rows {said.rows}, it holds none"
     found = total_stats(parts, said.bad_rows, said.rows_without_target)
     for name in _COUNTED:
         if getattr(found, name) != getattr(said, name):
             return f"its footer says {name} {getattr(said, name)}, its rows {getattr(found, name)}"
+    precision = capture.identity["targets"]["precision"]
     means = {
-        "mean_entropy": (said.mean_entropy, found.mean_entropy, _float16_off(said.mean_entropy)),
-        "mean_kept_mass": (said.mean_kept_mass, found.mean_kept_mass, _KEPT_MASS_OFF),
-        "mean gold_logprob": (
-            -math.log(said.teacher_perplexity),
-            -math.log(found.teacher_perplexity),
-            _float16_off(math.log(said.teacher_perplexity)),
-        ),
+        "mean_entropy": (said.mean_entropy, found.mean_entropy),
+        "mean gold_logprob": (-math.log(said.teacher_perplexity), -math.log(found.teacher_perplexity)),
     }
-    for name, (in_footer, in_rows, most) in means.items():
+    for name, (in_footer, in_rows) in means.items():
+        most = position_rounding(in_footer, precision) + 1e-4
         if math.isfinite(in_footer) and math.isfinite(in_rows) and abs(in_footer - in_rows) > most:
             return f"its footer says {name} {in_footer:.4f}, its rows {in_rows:.4f}"
+    if abs(said.mean_kept_mass - found.mean_kept_mass) > _KEPT_MASS_OFF:
+        return f"its footer says mean_kept_mass {said.mean_kept_mass:.4f}, its rows {found.mean_kept_mass:.4f}"
     return None
-
-
-def _float16_off(mean: float) -> float:
-    return 2 * FLOAT16 * abs(mean) + 1e-4

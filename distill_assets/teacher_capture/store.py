@@ -30,6 +30,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
 _UNFINISHED = ".unfinished-"
+LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 
 
@@ -226,7 +227,7 @@ class CaptureStore:
 
     def lock(self, capture_id: str, shard: str, version: str) -> Path:
         """The file that whoever captures this shard version has locked."""
-        return self.root / capture_id / f".lock-{shard}@{version[:SHORT]}"
+        return self.root / capture_id / f"{LOCK}{shard}@{version[:SHORT]}"
 
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
