@@ -333,6 +333,37 @@ def report(
 
 
 @app.command()
+def verify(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Read every file of the home to its end and compare it with what refers to it; exit 1 if anything is wrong."""
+    from distill_assets.orchestration.verify import verify as verify_home
+
+    with terminal.progress_bar() as bar:
+        found = verify_home(find_home(home), bar.show)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        terminal.show_problems(found)
+    if found.problems:
+        raise SystemExit(1)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what nothing refers to: superseded captures, students and reports that are not current, leftovers."""
+    from distill_assets.orchestration.garbage import collect_garbage
+
+    found = collect_garbage(find_home(home), dry_run)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        terminal.show_removals(found)
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 3000,
     home: HomeOption = None,

@@ -26,7 +26,7 @@ defs: dg.Definitions = dg.Definitions(
         assets.control_student,
         assets.student_evaluation,
     ],
-    asset_checks=[checks.catalog_matches_store, checks.student_beats_control],
+    asset_checks=[*checks.CAPTURE_CHECKS, checks.catalog_matches_store, checks.student_beats_control],
     resources={"process_mark": process_mark},
     jobs=[refresh, assets.observe_shards],
     sensors=[automation.shard_watcher(settings), automation.conditions_sensor(settings)],

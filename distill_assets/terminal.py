@@ -25,7 +25,9 @@ from distill_assets.foundation.progress import Progress as Step
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
     from distill_assets.orchestration.bring_up_to_date import RunReport
+    from distill_assets.orchestration.garbage import GarbageReport
     from distill_assets.orchestration.status import HomeStatus, ShardStatus
+    from distill_assets.orchestration.verify import VerifyReport
     from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
     from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
@@ -287,11 +289,32 @@ def show_run(report: RunReport) -> None:
             f"{counted(catalog['supervised_tokens'], 'scored position')}, {catalog['bytes_per_token']:.1f} bytes each, "
             f"{catalog['mean_kept_ids']:.1f} ids and {catalog['mean_kept_mass']:.1%} of the mass kept."
         )
+    for name, check in report.checks.items():
+        if not check["passed"]:
+            out.print(f"[yellow]{name} failed:[/] {escape(check['found'])}", soft_wrap=True)
     if report.summary:
         out.print()
         show_rows(tuple(report.summary[0]), [tuple(row.values()) for row in report.summary])
     if report.student_id:
         out.print(f"\nStudent {report.student_id}" + (f", report {report.report}" if report.report else ""))
+
+
+def show_problems(report: VerifyReport) -> None:
+    """A problem a line, with its file, and how many files were read."""
+    for problem in report.problems:
+        out.print(f"[bold red]{problem.kind}[/] {escape(f'{problem.path}: {problem.message}')}", soft_wrap=True)
+    found = counted(len(report.problems), "problem") if report.problems else "no problem"
+    out.print(f"{counted(report.files, 'file')} read, {found} found.")
+
+
+def show_removals(report: GarbageReport) -> None:
+    """What was removed, or would be, and what was kept though it may be removed later."""
+    for removal in report.removed:
+        out.print(escape(f"{removal.kind:<10} {removal.bytes:>13,} bytes  {removal.path}"), soft_wrap=True)
+    for sentence in report.kept:
+        out.print(f"[dim]kept[/] {escape(sentence)}", soft_wrap=True)
+    words = "would be removed" if report.dry_run else "removed"
+    out.print(f"{counted(len(report.removed), 'thing')}, {counted(report.bytes, 'byte')} {words}.")
 
 
 def show_next_steps(home: Home, is_default: bool) -> None:

@@ -407,3 +407,32 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_the_version_is_the_package_s() -> None:
     assert distill("--version").stdout == f"distill_assets {version('distill_assets')}\n"
+
+
+def test_verify_names_what_is_damaged_and_gc_removes_what_is_superseded(fresh: Path) -> None:
+    whole = answer("verify", home=fresh)
+    assert whole["problems"] == [] and whole["files"] > 10
+    assert "no problem found" in distill("verify", home=fresh).stdout
+
+    tiny.write_jsonl(fresh / "shards" / "s1.jsonl", tiny.example_rows(8, start=100))
+    checked = answer("run", "--shard", "s1", "--device", "cpu", home=fresh)["checks"]
+    assert {name: check["passed"] for name, check in checked.items()}["capture_is_complete"]
+    before = snapshot(fresh)
+    would = answer("gc", "--dry-run", home=fresh)
+    assert would["dry_run"] and would["bytes"] > 0 and snapshot(fresh) == before
+    [superseded] = would["removed"]
+    assert (superseded["kind"], Path(superseded["path"]).name[:3]) == ("capture", "s1@")
+    assert "1 thing" in distill("gc", home=fresh).stdout
+    assert not Path(superseded["path"]).exists() and answer("gc", home=fresh)["removed"] == []
+
+    [file] = (fresh / "captures").glob("*/s1@*.parquet")
+    file.write_bytes(file.read_bytes()[:-50])
+    [problem] = answer("verify", home=fresh, code=1)["problems"]
+    assert (problem["kind"], problem["path"]) == ("damaged", str(file)) and "`distill run`" in problem["message"]
+    shown = distill("verify", home=fresh, code=1).stdout
+    assert f"damaged {file}: " in shown and "1 problem found" in shown
+
+    settings = (fresh / "distill.yaml").read_text()
+    (fresh / "distill.yaml").write_text(settings.replace("shards/*", "shard/*"))
+    assert "no shard matches" in refusal("gc", home=fresh)
+    assert file.exists()

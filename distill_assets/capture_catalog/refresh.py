@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,17 @@ def _key(capture: Capture) -> list[str]:
 
 
 def refresh_catalog(
-    catalog: Path, store: CaptureStore, entries: Sequence[CatalogEntry], students: Path
+    catalog: Path,
+    store: CaptureStore,
+    entries: Sequence[CatalogEntry],
+    students: Path,
+    without: Collection[Path] = (),
 ) -> CatalogReport:
     """Build the catalog of these current captures and put it in `catalog`'s place.
 
     Captures of the store that are not among `entries` are listed as history; `students` is the
-    folder of students, whose lineage is read from their own records. One writer at a time: another
-    one waits.
+    folder of students, whose lineage is read from their own records. Superseded captures and students in
+    `without` are left out: they are about to be removed. One writer at a time: another one waits.
     """
     identity = catalog_identity(catalog.parent, entries)
     with _writer_lock(catalog), _replacing(catalog) as connection:
@@ -79,9 +83,10 @@ def refresh_catalog(
         )
         current = {str(entry.capture.path) for entry in entries}
         _insert_captures(connection, entries, current=True)
-        _insert_captures(connection, _history(store, current), current=False)
+        _insert_captures(connection, _history(store, current | {str(path) for path in without}), current=False)
         files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
-        _insert_students(connection, read_lineages(students))
+        lineages = read_lineages(students)
+        _insert_students(connection, [lineage for lineage in lineages if Path(lineage.folder) not in without])
         precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
         connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
         connection.execute(schema.KEPT_IDS)
@@ -129,11 +134,11 @@ def _writer_lock(catalog: Path) -> FileLock:
     return FileLock(file)
 
 
-def _history(store: CaptureStore, current: set[str]) -> list[CatalogEntry]:
+def _history(store: CaptureStore, besides: set[str]) -> list[CatalogEntry]:
     entries = []
     for capture_id in store.capture_ids():
         for path in store.files(capture_id).values():
-            if str(path) not in current:
+            if str(path) not in besides:
                 try:
                     entries.append(CatalogEntry(read_capture(path), role="history"))
                 except CaptureError:

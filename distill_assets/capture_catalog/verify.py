@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow.parquet as pq
 
-from distill_assets.teacher_capture.store import Capture
+from distill_assets.capture_catalog import schema
+from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+
+ANEW = "delete it, then `distill run` builds it anew"
+_TABLES = re.findall(r"CREATE TABLE (\w+)", schema.TABLES)
+_BLOCK = 10_000  # rows of a table that are in memory at once
 
 
 def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
@@ -39,3 +48,84 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
                 f"{counted.get(capture.shard, 0)} in examples"
             )
     return sorted(problems)
+
+
+def verify_catalog(
+    catalog: Path, store: CaptureStore, current: Sequence[Capture], is_current: bool, on_file: FileListener
+) -> Iterator[Problem]:
+    """Problems of the catalog: every table is read, every capture it lists is looked for.
+
+    `is_current`: it claims to describe the captures in `current`, so it must list them. One that does not is
+    merely behind, and what it lists must be there all the same.
+    """
+    if not catalog.exists():
+        if current:
+            yield Problem("missing", catalog, "there are captures, but no catalog of them; `distill run` builds it")
+        return
+    on_file(catalog)
+    try:
+        with duckdb.connect(catalog, read_only=True) as connection:
+            _read_every_table(connection)
+            meta = connection.execute("SELECT schema_version, home FROM catalog_meta").fetchall()
+            listed = _captures_listed(connection)
+    except duckdb.Error as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        yield Problem("damaged", catalog, f"cannot be read ({reason}); {ANEW}")
+        return
+    if meta != [(schema.SCHEMA_VERSION, str(catalog.parent))]:
+        reason = "not the catalog of this home as this version writes it"
+        yield Problem("mismatch", catalog, f"{reason} (was the home moved?); `distill run` builds it anew")
+        return
+    for row in listed:
+        yield from _verify_listed(catalog, store, row)
+    if is_current:
+        for reason in compare_with_store(catalog, current):
+            yield Problem("mismatch", catalog, f"{reason}; {ANEW}")
+
+
+def _read_every_table(connection: duckdb.DuckDBPyConnection) -> None:
+    for name in _TABLES:
+        cursor = connection.execute(f"SELECT * FROM {name}")
+        while cursor.fetchmany(_BLOCK):
+            pass
+
+
+def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    cursor = connection.execute(
+        "SELECT capture_id, shard, version, current, bytes, examples, tokens, supervised_tokens, kept_ids, teacher, "
+        "strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00') AS created FROM capture_files"
+    )
+    names = [column[0] for column in cursor.description or []]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def _verify_listed(catalog: Path, store: CaptureStore, listed: dict[str, Any]) -> Iterator[Problem]:
+    """A line of the catalog against its file."""
+    path = store.path_of(listed["capture_id"], listed["shard"], listed["version"])
+    if not path.exists():
+        remedy = (
+            "`distill run` makes it again if its shard is still there"
+            if listed["current"]
+            else "`distill gc` takes it off the list"
+        )
+        yield Problem("missing", path, f"the catalog lists it; {remedy}")
+        return
+    try:
+        capture = read_capture(path)
+    except CaptureError:
+        return  # damaged: said where it was read
+    found = {
+        "bytes": capture.bytes,
+        "examples": capture.stats.rows,
+        "tokens": capture.stats.tokens,
+        "supervised_tokens": capture.stats.supervised_tokens,
+        "kept_ids": capture.stats.kept_ids,
+        "teacher": capture.teacher["name"],
+        "created": capture.created,
+        "version": capture.version,
+    }
+    for name, value in found.items():
+        if listed[name] != value:
+            remedy = f"delete {catalog.name}, then `distill run` builds it anew"
+            yield Problem("mismatch", path, f"{name} is {value}, the catalog says {listed[name]}; {remedy}")
+            return

@@ -120,6 +120,35 @@ def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS, aside_seconds: f
     return swept
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What unfinished processes left in `folder`, but for what `sweep` would bring back. Links are none."""
+    return [
+        left
+        for left in sorted(folder.glob(f"{PARTIAL}*"))
+        if not left.is_symlink()
+        and not (left.name.startswith(_REPLACED) and not left.with_name(left.name.removeprefix(_REPLACED)).exists())
+    ]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; a link counts for itself."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it; what links in it point to stays. A folder is moved aside
+    first: a kill leaves a leftover, never half of it under its name.
+    """
+    if path.is_dir() and not path.is_symlink():
+        gone = _beside(path)
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def disk_problem(error: BaseException) -> str | None:
     """What a full or failing disk said, wherever in the chain of causes it stands; None for any other error.
 

@@ -84,6 +84,12 @@ class Home:
     def hashes(self, rehash: bool = False) -> HashCache:
         return HashCache(self.root / ".cache" / "hashes.json", rehash=rehash)
 
+    @property
+    def kept_clean(self) -> tuple[Path, ...]:
+        """Folders, besides those of captures and models, in which files are made beside and renamed."""
+        made = (self.root, self.root / ".cache", self.students, self.reports)
+        return tuple(folder for folder in made if not folder.is_symlink())
+
     def sweep(self) -> list[Path]:
         """Clean up what killed processes left; see `files.sweep`."""
         made = (self.root, self.root / ".cache", self.models, self.students, self.reports, *self.captures.glob("*"))

@@ -7,7 +7,7 @@ run records, one load of the teacher, no run for what did not change.
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, StaleInputs, UsageError
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration import metadata, records
+from distill_assets.orchestration.checks import CAPTURE_CHECKS, WITH_TEACHER
 from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags
 from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.pipeline import Pipeline
@@ -33,8 +34,8 @@ WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", 
 @dataclass
 class RunReport:
     """What a run did. `captured_shards`: those for which a file was written; `estimate`: seconds, bytes and
-    basis of the plan for these shards; `evaluation`: figures by model and metric, of which `summary` is the
-    table in words.
+    basis of the plan for these shards; `checks`: what the checks of these captures found, each with `passed`
+    and `found`; `evaluation`: figures by model and metric, of which `summary` is the table in words.
     """
 
     captured_shards: list[str] = field(default_factory=list)
@@ -46,6 +47,7 @@ class RunReport:
     estimate: dict[str, Any] | None = None
     materialized: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     catalog: dict[str, Any] | None = None
     student_id: str | None = None
     control_id: str | None = None
@@ -192,6 +194,29 @@ class _Walk:
         self.report.estimate = _estimate(plan, self.report.captured_shards)
         self.pipeline.forget_captures()
         self.states = AssetStates(self.pipeline)
+        if self.report.captured_shards:
+            self._check_captures(self.report.captured_shards)
+
+    def _check_captures(self, shards: Sequence[str]) -> None:
+        """One run of the capture checks for all that was captured; what they find stops nothing.
+
+        Where no row went through the teacher it is not loaded to be asked again.
+        """
+        chosen = [c for c in CAPTURE_CHECKS if c is not WITH_TEACHER or self.report.rows_captured]
+        self.on_step("checks of teacher_capture on what was captured")
+        self._wait_for_pools("teacher_capture")
+        keys = frozenset(key for definition in chosen for key in definition.check_keys)
+        configs: dict[str, dict[str, Any]] = {definition.op.name: {"shards": list(shards)} for definition in chosen}
+        if WITH_TEACHER.op.name in configs:
+            configs[WITH_TEACHER.op.name]["device"] = self.device
+        result = self._execute(self.job.get_subset(asset_check_selection=keys), configs, raise_on_error=False)
+        for evaluation in result.get_asset_check_evaluations():
+            found = evaluation.description or ""
+            self.report.checks[evaluation.check_name] = {"passed": evaluation.passed, "found": found}
+            if not evaluation.passed:
+                self.on_step(f"{evaluation.severity.value.lower()}: {evaluation.check_name} failed: {found}")
+        if not result.success:
+            self.on_step(f"a check could not be made; run {result.run_id[:8]} in the web UI says why")
 
     def _capture_one(self, shard: Shard, why: str) -> None:
         self.on_step(f"teacher_capture {shard.key} ({why})")
@@ -225,28 +250,42 @@ class _Walk:
 
     def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> bool:
         """Run one asset; False when its body found its output there already and said so."""
-        config = {"device": self.device, "force": self.force} if asset in WITH_DEVICE else {}
+        config = {asset: {"device": self.device, "force": self.force}} if asset in WITH_DEVICE else {}
         self._wait_for_pools(asset)
+        selection: dict[str, Any] = {"asset_selection": [dg.AssetKey(asset)]}
+        job = self.job
+        if asset == "teacher_capture":  # its checks run once for all shards, not once a shard
+            job, selection = job.get_subset(asset_selection={dg.AssetKey(asset)}, asset_check_selection=frozenset()), {}
+        tags = {"distill/why": why} if why else {}
+        result = self._execute(job, config, tags=tags, partition_key=partition, **selection)
+        self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
+        [event] = result.asset_materializations_for_node(asset)
+        return event.metadata[metadata.WRITTEN].value is not False if metadata.WRITTEN in event.metadata else True
+
+    def _execute(
+        self,
+        job: dg.JobDefinition,
+        configs: Mapping[str, Mapping[str, Any]],
+        tags: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> dg.ExecuteInProcessResult:
+        """A Dagster run in this process. `configs`: run configuration by op."""
         run_id = str(uuid.uuid4())
         try:
-            result = self.job.execute_in_process(
+            return job.execute_in_process(
                 instance=self.instance,
                 run_id=run_id,
-                asset_selection=[dg.AssetKey(asset)],
-                partition_key=partition,
                 run_config={
-                    "ops": {asset: {"config": config}} if config else {},
+                    "ops": {name: {"config": config} for name, config in configs.items()},
                     "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                 },
-                tags=process_tags(run_id) | ({"distill/why": why} if why else {}),
+                tags={**process_tags(run_id), **(tags or {})},
+                **options,
             )
         except dg.DagsterExecutionInterruptedError:  # Dagster's own word for Ctrl-C inside a run
             raise KeyboardInterrupt from None
         finally:
             self.check_interrupt()
-        self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
-        [event] = result.asset_materializations_for_node(asset)
-        return event.metadata[metadata.WRITTEN].value is not False if metadata.WRITTEN in event.metadata else True
 
     def _wait_for_pools(self, asset: str) -> None:
         """Wait until no slot is missing, saying who holds it. Left to itself Dagster would wait too, but

@@ -1,12 +1,117 @@
 """Asset checks beside the blocking one of tokenizer_compatibility."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import dagster as dg
+from pydantic import Field
 
 from distill_assets.capture_catalog.verify import compare_with_store
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.home import find_home
-from distill_assets.orchestration.assets import capture_catalog, student_evaluation
+from distill_assets.orchestration import metadata
+from distill_assets.orchestration.assets import GPU_POOL, PROCESS, capture_catalog, student_evaluation, teacher_capture
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.students import StudentSide
+from distill_assets.teacher_capture.checks import check_aligned, check_complete
+from distill_assets.teacher_capture.faithful import check_faithful
+
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+
+
+class ShardsConfig(dg.Config):
+    """Which captures are looked at."""
+
+    shards: list[str] = Field(default=[], description="none: the partitions of the run, else every current capture")
+
+
+class FaithfulConfig(ShardsConfig):
+    """Where the teacher runs."""
+
+    device: str = "auto"
+
+
+def _looked_at(
+    context: dg.AssetCheckExecutionContext, config: ShardsConfig, pipeline: Pipeline
+) -> tuple[list[str], Sequence[str]]:
+    """Shards to look at that are captured, and those that are not. A check that runs with a partition's
+    materialisation looks at that partition.
+    """
+    run = context.op_execution_context
+    wanted = set(config.shards)
+    if not wanted and (run.has_partition_key or run.has_partition_key_range):
+        wanted = set(run.partition_keys)
+    captured = {entry.capture.shard for entry in pipeline.entries}
+    wanted = wanted or captured | set(pipeline.uncaptured)
+    return sorted(wanted & captured), sorted(wanted - captured)
+
+
+def _shards(n: int) -> str:
+    return f"{n:,} shard" if n == 1 else f"{n:,} shards"
+
+
+def _result(passed: bool, severity: dg.AssetCheckSeverity, said: str, figures: dict[str, Any]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=passed, severity=severity, description=said, metadata=figures)
+
+
+@dg.asset_check(
+    asset=teacher_capture,
+    required_resource_keys=PROCESS,
+    description="Captures hold the very rows and positions of their shards, encoded again; no shard lacks one.",
+)
+def capture_is_complete(context: dg.AssetCheckExecutionContext, config: ShardsConfig) -> dg.AssetCheckResult:
+    pipeline = Pipeline(find_home())
+    shards, missing = _looked_at(context, config, pipeline)
+    captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
+    report = check_complete(pipeline.spec, [(pipeline.shards[key], captures[key]) for key in shards])
+    problems = [*report.problems, *(f"shard {key} has no current capture" for key in missing)]
+    said = problems[0] if problems else f"{report.rows:,} rows are those of {_shards(report.captures)}"
+    return _result(not problems, ERROR, said, metadata.of_complete(report, problems))
+
+
+@dg.asset_check(
+    asset=teacher_capture,
+    required_resource_keys=PROCESS,
+    description="The likeliest kept id of position t is token t+1 more often than tokens t and t+2.",
+)
+def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsConfig) -> dg.AssetCheckResult:
+    pipeline = Pipeline(find_home())
+    shards, _ = _looked_at(context, config, pipeline)
+    try:
+        report = check_aligned([e.capture for e in pipeline.entries if e.capture.shard in shards])
+    except CaptureError as error:
+        return _result(False, WARN, str(error), {})
+    before, here, after = report.rates
+    if report.enough:
+        said = f"the likeliest id is the next token at {here:.1%}, the one before at {before:.1%}, after at {after:.1%}"
+    else:
+        said = f"{report.positions} positions are too few to tell"
+    return _result(report.passed, WARN, said, metadata.of_aligned(report))
+
+
+@dg.asset_check(
+    asset=teacher_capture,
+    pool=GPU_POOL,
+    required_resource_keys=PROCESS,
+    description="A sample of rows, scored again by the teacher, agrees but for rounding and measured noise.",
+)
+def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: FaithfulConfig) -> dg.AssetCheckResult:
+    pipeline = Pipeline(find_home())
+    shards, _ = _looked_at(context, config, pipeline)
+    captures = [e.capture for e in pipeline.entries if e.capture.shard in shards]
+    try:
+        report = check_faithful(pipeline.spec, captures, config.device)
+    except CaptureError as error:
+        return _result(False, ERROR, str(error), {})
+    said = (
+        f"{report.rows} rows scored again: KL {report.kl.value:.2g} nats (at most {report.kl.allowed:.2g}), largest "
+        f"difference {report.difference.value:.3g} (at most {report.difference.allowed:.3g})"
+    )
+    return _result(report.passed, ERROR, said, metadata.of_faithful(report))
+
+
+CAPTURE_CHECKS = (capture_is_complete, capture_is_aligned, capture_is_faithful)
+WITH_TEACHER = capture_is_faithful
 
 
 @dg.asset_check(asset=capture_catalog, description="Every current capture is listed, with the rows its file has.")

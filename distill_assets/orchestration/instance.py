@@ -76,6 +76,15 @@ def holder_of(instance: dg.DagsterInstance, pool: str) -> str | None:
     return f"run {run_id[:8]}" + (f", process {pid} on {host}" if pid and host else "")
 
 
+def under_way(instance: dg.DagsterInstance, besides: str = "") -> str | None:
+    """A run of this home that may still do something, in words; None when there is none but run `besides`."""
+    runs = [run for run in instance.get_runs(filters=RunsFilter(statuses=UNFINISHED)) if run.run_id != besides]
+    if not runs:
+        return None
+    pid = _pid(runs[0])
+    return f"run {runs[0].run_id[:8]}, {runs[0].status.value.lower()}" + (f" in process {pid}" if pid else "")
+
+
 def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Close runs whose process on this host is gone, and free their pool slots; returns their ids.
 

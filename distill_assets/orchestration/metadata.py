@@ -14,6 +14,8 @@ from distill_assets.student_evaluation.figures import TEACHER
 from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
 from distill_assets.student_model.saving import StudentRecord
 from distill_assets.teacher_capture.capture import CaptureReport
+from distill_assets.teacher_capture.checks import AlignedReport, CompleteReport
+from distill_assets.teacher_capture.faithful import FaithfulReport
 from distill_assets.teacher_capture.store import Capture
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
@@ -84,6 +86,35 @@ def of_tokenizers(report: TokenizerReport, file: Path) -> Metadata:
         "differences": ", ".join(difference.name for difference in report.differences) or "none",
         "file": dg.MetadataValue.path(file),
     }
+
+
+def of_complete(report: CompleteReport, problems: Sequence[str]) -> Metadata:
+    return {
+        "captures": report.captures,
+        "rows": report.rows,
+        "positions": report.positions,
+        "problems": "\n".join(problems[:MOST_LISTED]) or "none",
+    }
+
+
+def of_aligned(report: AlignedReport) -> Metadata:
+    """How often the likeliest id of position t is token t, t + 1, t + 2: counts and rates."""
+    values: Metadata = {"positions": report.positions}
+    for name, hits, rate in zip(("t", "t+1", "t+2"), report.hits, report.rates, strict=True):
+        values |= {f"hits of token {name}": hits, f"rate of token {name}": round(rate, 4)}
+    return values
+
+
+def of_faithful(report: FaithfulReport) -> Metadata:
+    """Each figure beside the noise it was compared with and the most that was allowed, nats."""
+    values: Metadata = {"rows": report.rows, "positions": report.positions, "rows with a derived tail": report.derived}
+    for name, found in (
+        ("KL", report.kl),
+        ("largest difference", report.difference),
+        ("largest tail difference", report.tail_difference),
+    ):
+        values |= {name: found.value, f"{name}: noise": found.noise, f"{name}: allowed": found.allowed}
+    return values
 
 
 def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:

@@ -4,7 +4,9 @@ A `Pipeline` is a snapshot: distill.yaml and the shard files are looked at once.
 and command makes a new one, so an edit is seen at once. Nothing here knows Dagster.
 """
 
+from collections.abc import Collection
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
@@ -166,8 +168,8 @@ class Pipeline:
         meta = read_meta(self.home.catalog)
         return meta is not None and meta[0] == self.catalog_identity
 
-    def refresh_catalog(self) -> CatalogReport:
-        return build_catalog(self.home.catalog, self.store, self.entries, self.home.students)
+    def refresh_catalog(self, without: Collection[Path] = ()) -> CatalogReport:
+        return build_catalog(self.home.catalog, self.store, self.entries, self.home.students, without)
 
     def catalog_summary(self) -> dict[str, Any]:
         """Sums and position-weighted means over current captures, or {} when there are none."""

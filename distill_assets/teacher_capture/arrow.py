@@ -23,7 +23,7 @@ from distill_assets.teacher_capture.sparse_targets import (
 )
 
 _PER_POSITION = ("tail_logprob", "gold_logprob", "entropy")
-_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
+POSITION_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
 def capture_schema(precision: str) -> pa.Schema:
@@ -90,7 +90,9 @@ def to_arrow(rows: Sequence[CapturedRow], precision: str) -> pa.Table:
 
     def rounded(name: str) -> NDArray[np.float16]:
         values = joined(name, np.float32)
-        return (np.rint(values * _STEPS) / _STEPS if precision == "compact" else values).astype(np.float16)
+        return (np.rint(values * POSITION_STEPS) / POSITION_STEPS if precision == "compact" else values).astype(
+            np.float16
+        )
 
     tail_P = rounded("tail_logprob_P")
     per_position = {

@@ -30,6 +30,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
 _UNFINISHED = ".unfinished-"
+LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 
 
@@ -198,9 +199,18 @@ class CaptureStore:
         return found
 
     def find(self, capture_id: str, shard: str, version: str) -> Capture | None:
-        """The capture of this content under this identity, or None; CaptureError when it is damaged."""
+        """The capture of this content under this identity, or None; CaptureError when it is damaged, or by its
+        footer another one.
+        """
         path = self.path_of(capture_id, shard, version)
-        return read_capture(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_capture(path)
+        if (found.capture_id, found.shard, found.version) != (capture_id, shard, version):
+            raise CaptureError(
+                f"{path}: by its footer the capture of shard {found.shard}; `distill run` makes it again"
+            )
+        return found
 
     def current(self, capture_id: str, shard: Shard, skip_bad_rows: bool) -> Capture | None:
         """`find`, but a capture that left out bad rows is not current where such rows fail the shard."""
@@ -217,7 +227,7 @@ class CaptureStore:
 
     def lock(self, capture_id: str, shard: str, version: str) -> Path:
         """The file that whoever captures this shard version has locked."""
-        return self.root / capture_id / f".lock-{shard}@{version[:SHORT]}"
+        return self.root / capture_id / f"{LOCK}{shard}@{version[:SHORT]}"
 
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""

@@ -1,0 +1,75 @@
+"""`distill verify`: every file of a home read to its last byte and compared with what refers to it."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_assets.capture_catalog.verify import verify_catalog
+from distill_assets.foundation.files import leftovers
+from distill_assets.foundation.home import Home
+from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
+from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.student_evaluation.verify import verify_reports
+from distill_assets.student_model.verify import verify_students
+from distill_assets.teacher_capture.verify import GC, verify_captures
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found; `files` were read."""
+
+    problems: tuple[Problem, ...]
+    files: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"problems": [asdict(problem) for problem in self.problems], "files": self.files}
+
+
+def verify(home: Home, on_progress: ProgressListener = ignore_progress) -> VerifyReport:
+    """Read everything the system made in `home`; nothing is changed. SettingsError or ModelError when what it
+    should be cannot be known.
+    """
+    with open_instance(home) as instance:
+        close_dead_runs(instance)
+        busy = under_way(instance) is not None
+    pipeline = Pipeline(home)
+    counted = _Counter(home, on_progress)
+    return VerifyReport(tuple(_problems(pipeline, busy, counted.read)), counted.files)
+
+
+class _Counter:
+    """Counts the files that are read, and says how far that is."""
+
+    def __init__(self, home: Home, on_progress: ProgressListener) -> None:
+        self.files, self._on_progress, self._started = 0, on_progress, time.monotonic()
+        made = (home.captures, home.students, home.reports)
+        self._total = sum(path.is_file() for folder in made for path in folder.rglob("*")) + 2
+
+    def read(self, path: Path) -> None:
+        seconds = time.monotonic() - self._started
+        self._on_progress(Progress("verify", self.files, self._total, "files", seconds, path.name))
+        self.files += 1
+
+
+def _problems(pipeline: Pipeline, busy: bool, on_file: FileListener) -> Iterator[Problem]:
+    home = pipeline.home
+    yield from verify_captures(pipeline.spec, pipeline.discovery, pipeline.store, busy, on_file)
+    captures = [entry.capture for entry in pipeline.entries]
+    yield from verify_catalog(home.catalog, pipeline.store, captures, pipeline.catalog_is_current, on_file)
+    yield from verify_students(home.students, on_file)
+    yield from verify_reports(home.reports, on_file)
+    if home.tokenizer_report.exists():
+        on_file(home.tokenizer_report)
+        try:
+            json.loads(home.tokenizer_report.read_bytes())
+        except ValueError as error:
+            yield Problem("damaged", home.tokenizer_report, f"not JSON ({error}); `distill run` writes it again")
+    if not busy:
+        for folder in home.kept_clean:
+            for path in leftovers(folder):
+                yield Problem("orphaned", path, f"left by a process that was killed; {GC}")

@@ -1,0 +1,46 @@
+"""Reports on disk: are all three files of each there, whole, and of this very report?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill_assets.foundation.files import PARTIAL
+from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
+
+FILES = (HTML_FILE, JSON_FILE, SUMMARY_FILE)
+AGAIN = "delete the folder, then `distill run` writes it again if it is still wanted"
+
+
+def verify_reports(reports: Path, on_file: FileListener) -> Iterator[Problem]:
+    """Problems of the folders in `reports/`, current or not."""
+    for folder in sorted(reports.glob("*")):
+        if folder.name.startswith(PARTIAL):
+            continue
+        if not any((folder / name).exists() for name in FILES):
+            yield Problem("orphaned", folder, "no report of ours; move it out of reports/")
+            continue
+        for name in FILES:
+            on_file(folder / name)
+        try:
+            named = _report_id(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield Problem("damaged", folder, f"not whole ({error}); {AGAIN}")
+            continue
+        if named != folder.name:
+            yield Problem("mismatch", folder, f"by its {JSON_FILE} it is report {named}; {AGAIN}")
+
+
+def _report_id(folder: Path) -> str:
+    """Which report the files are of; one of the exceptions above when one is gone or ends early."""
+    page, summary = (folder / name for name in (HTML_FILE, SUMMARY_FILE))
+    if not page.read_text(encoding="utf-8").rstrip().endswith("</html>"):
+        raise ValueError(f"{page.name} ends early")
+    if not summary.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{summary.name} is empty")
+    record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    if lacking := sorted({"verdict", "summary", "overall"} - set(record)):
+        raise ValueError(f"{JSON_FILE} lacks {lacking[0]}")
+    return str(record["details"]["report_id"])

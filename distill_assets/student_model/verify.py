@@ -1,0 +1,63 @@
+"""Students on disk read to their last byte: weights, tokenizer and record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from distill_assets.foundation.errors import ModelError, TrainingError
+from distill_assets.foundation.files import PARTIAL
+from distill_assets.foundation.language_model import load_tokenizer
+from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.student_model.saving import RECORD_FILE, read_student
+
+AGAIN = "delete the folder, then `distill run` trains it again if it is still wanted"
+
+
+def verify_students(students: Path, on_file: FileListener) -> Iterator[Problem]:
+    """Problems of the folders in `students/`, current or not. Safetensors hold no checksums: a weight that
+    changed on disk shows only where it is no number any more.
+    """
+    for folder in sorted(students.glob("*")):
+        if folder.name.startswith(PARTIAL):
+            continue
+        if not (folder / RECORD_FILE).exists() and not list(folder.glob("*.safetensors")):
+            yield Problem("orphaned", folder, "no student of ours; move it out of students/")
+            continue
+        on_file(folder / RECORD_FILE)
+        yield from _verify_student(folder, on_file)
+
+
+def _verify_student(folder: Path, on_file: FileListener) -> Iterator[Problem]:
+    try:
+        named = read_student(folder).spec.student_id
+        if named != folder.name:
+            yield Problem("mismatch", folder, f"by its {RECORD_FILE} it is student {named}; {AGAIN}")
+        saved = ModelFolder(folder.name, folder, None)
+        saved.config()
+        load_tokenizer(saved)
+        files = saved.weight_files()
+    except (TrainingError, ModelError) as error:
+        reason = str(error).partition("; ")[0]
+        yield Problem("damaged", folder, f"{reason.removeprefix(f'{folder.name}: ')}; {AGAIN}")
+        return
+    for file in files:
+        on_file(file)
+        if (found := _weights_problem(file)) is not None:
+            yield Problem("damaged", file, f"{found}; {AGAIN}")
+
+
+def _weights_problem(file: Path) -> str | None:
+    """Reads the file tensor by tensor; its header says how long it must be."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (a handle, not a mapping)
+                if not torch.isfinite(weights.get_tensor(name)).all():
+                    return f"weights {name} are not finite"
+    except (OSError, SafetensorError) as error:
+        return f"cannot be read to its end ({error})"
+    return None

@@ -1,0 +1,133 @@
+"""Is a capture what it should be: complete, aligned with its tokens, and what the teacher says?
+
+Three questions, each answered by a report with the figures behind it. The last one needs the teacher and
+asks it about a sample of rows only.
+
+Legend: P = supervised positions of a row, N = ids kept in the whole row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_assets.dataset_shards.discover import Shard
+from distill_assets.dataset_shards.encode import EncodedRow, encode_shard
+from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
+from distill_assets.teacher_capture.chunks import Cost, Figures
+from distill_assets.teacher_capture.engine import supervised_positions
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.inspection import capture_row_groups, statistics_problem
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.store import Capture
+
+LEAST_POSITIONS = 100  # fewer say nothing about alignment
+
+
+@dataclass(frozen=True)
+class CompleteReport:
+    """Captures compared with their shards, encoded again."""
+
+    captures: int
+    rows: int
+    positions: int
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def check_complete(spec: CaptureSpec, captured: Sequence[tuple[Shard, Capture]]) -> CompleteReport:
+    """Whether each capture holds the very rows and positions of its shard, in order, and its footer says so.
+
+    One shard is encoded, and one row group read, at a time; a shard's first problem is told.
+    """
+    problems, rows, positions = [], 0, 0
+    for shard, capture in captured:
+        try:
+            parts = _compared(spec, shard, capture)
+        except SHARD_FAILURES as error:
+            problems.append(str(error))
+            continue
+        rows += sum(part.rows for part in parts)
+        positions += sum(part.supervised_tokens for part in parts)
+    return CompleteReport(len(captured), rows, positions, tuple(problems))
+
+
+def _compared(spec: CaptureSpec, shard: Shard, capture: Capture) -> list[Figures]:
+    """Sums of the capture's row groups; CaptureError where it is not its shard's."""
+    encoded = encode_shard(shard, spec.encoder)
+    where = f"shard {shard.key} ({capture.path})"
+    parts: list[Figures] = []
+    start = 0
+    for group in capture_row_groups(capture.path):
+        for row, wanted in zip(group, encoded.rows[start:], strict=False):
+            if not _is_of(row, wanted):
+                raise CaptureError(f"{where}: row {row.row} is not the shard's; delete the file and run again")
+        start += len(group)
+        parts.append(Figures.of(group, Cost(0, 0, 0.0)))
+    if start != len(encoded.rows):
+        raise CaptureError(f"{where}: {start} rows, the shard has {len(encoded.rows)}; delete the file and run again")
+    left_out = (capture.stats.bad_rows, capture.stats.rows_without_target)
+    if left_out != (len(encoded.bad_rows), encoded.n_without_target):
+        raise CaptureError(f"{where}: its footer counts other rows that were left out; delete the file and run again")
+    if reason := statistics_problem(capture, parts):
+        raise CaptureError(f"{where}: {reason}; delete the file and run again")
+    return parts
+
+
+def _is_of(row: CapturedRow, wanted: EncodedRow) -> bool:
+    return (
+        (row.key, row.id, row.truncated) == (wanted.key, wanted.id, wanted.truncated)
+        and row.weight == np.float32(wanted.weight)
+        and np.array_equal(row.input_ids, wanted.input_ids)
+        and np.array_equal(row.targets.positions_P, supervised_positions(wanted))
+    )
+
+
+@dataclass(frozen=True)
+class AlignedReport:
+    """Of how many positions t the likeliest kept id is the token t, t + 1 or t + 2."""
+
+    positions: int
+    hits: tuple[int, int, int]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return tuple(hits / max(self.positions, 1) for hits in self.hits)
+
+    @property
+    def enough(self) -> bool:
+        return self.positions >= LEAST_POSITIONS
+
+    @property
+    def passed(self) -> bool:
+        """Token t + 1 is what position t tells of, so it is hit most; a few positions are no evidence."""
+        before, here, after = self.hits
+        return not self.enough or here > max(before, after)
+
+
+def check_aligned(captures: Sequence[Capture]) -> AlignedReport:
+    """Whether position t tells of token t + 1, by what a teacher is good at: guessing it.
+
+    Positions of which token t + 2 exists are counted. CaptureError when a file is damaged.
+    """
+    positions, hits = 0, np.zeros(3, dtype=np.int64)
+    for row in _rows(captures):
+        positions_P = row.targets.positions_P
+        whole_P = positions_P + 2 < len(row.input_ids)
+        likeliest_P = row.targets.support_ids_N[row.targets.offsets_P1[:-1]][whole_P]
+        positions += int(whole_P.sum())
+        for offset in range(3):
+            hits[offset] += (likeliest_P == row.input_ids[positions_P[whole_P] + offset]).sum()
+    before, here, after = hits.tolist()
+    return AlignedReport(positions, (before, here, after))
+
+
+def _rows(captures: Sequence[Capture]) -> Iterator[CapturedRow]:
+    for capture in captures:
+        for group in capture_row_groups(capture.path):
+            yield from group

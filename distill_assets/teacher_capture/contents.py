@@ -1,0 +1,132 @@
+"""What lies in `captures/`, and what of it nothing needs.
+
+Needed are the current captures, and whatever a capture that is still to be made would copy rows from:
+files that hold rows of a shard without a current capture. Links are never followed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill_assets.dataset_shards.discover import Discovery, Shard
+from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.foundation.files import PARTIAL
+from distill_assets.foundation.fingerprints import SHORT
+from distill_assets.teacher_capture.derive import derivable, sources
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.reuse import captured_keys
+from distill_assets.teacher_capture.store import LOCK, CaptureStore
+
+ItemKind = Literal["capture", "unfinished", "failure", "leftover", "stranger", "empty"]
+IDENTITY = re.compile(rf"[0-9a-f]{{{SHORT}}}")  # the name of a folder that is named by an identity
+_NAMES: dict[ItemKind, re.Pattern[str]] = {
+    "capture": re.compile(rf"(.+)@([0-9a-f]{{{SHORT}}})\.parquet"),
+    "failure": re.compile(rf"(.+)@([0-9a-f]{{{SHORT}}})\.failed\.json"),
+    "unfinished": re.compile(rf"\.unfinished-(.+)@([0-9a-f]{{{SHORT}}})"),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in `captures/`: what its name says it is. `empty` is a capture id's folder with nothing in
+    it; a `stranger` is nothing of ours, a `leftover` the unfinished file, or the lock, of a
+    process.
+    """
+
+    kind: ItemKind
+    path: Path
+    capture_id: str = ""
+    shard: str = ""
+    version: str = ""  # its first SHORT digits
+
+
+def contents(root: Path) -> Iterator[Item]:
+    """Everything in `captures/`, by name."""
+    for folder in _entries(root):
+        if not (folder.is_dir(follow_symlinks=False) and IDENTITY.fullmatch(folder.name)):
+            yield Item(_unnamed(folder), Path(folder.path))
+            continue
+        inside = _entries(folder.path)
+        if not inside:
+            yield Item("empty", Path(folder.path), folder.name)
+        for entry in inside:
+            yield _item(entry, folder.name)
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+
+
+def _item(entry: os.DirEntry[str], capture_id: str) -> Item:
+    for kind, pattern in _NAMES.items():
+        fits = entry.is_dir(follow_symlinks=False) if kind == "unfinished" else entry.is_file(follow_symlinks=False)
+        if fits and not entry.name.startswith(PARTIAL) and (name := pattern.fullmatch(entry.name)):
+            return Item(kind, Path(entry.path), capture_id, name[1], name[2])
+    return Item(_unnamed(entry), Path(entry.path), capture_id)
+
+
+def _unnamed(entry: os.DirEntry[str]) -> ItemKind:
+    return "leftover" if entry.name.startswith((PARTIAL, LOCK)) and not entry.is_symlink() else "stranger"
+
+
+class Needs:
+    """What of `captures/` is needed now."""
+
+    def __init__(self, spec: CaptureSpec, discovery: Discovery, store: CaptureStore) -> None:
+        self._spec, self._store = spec, store
+        self._uncaptured = [shard for shard in discovery.shards if not _is_captured(spec, shard, store)]
+        self._contents = {(shard.key, shard.version[:SHORT]) for shard in discovery.shards}
+        self._current = {store.path_of(spec.capture_id, shard.key, shard.version) for shard in discovery.shards}
+        self._to_copy_from = self._files_to_copy_from({problem.key for problem in discovery.problems})
+        self._to_go_on_from = {store.unfinished(spec.capture_id, s.key, s.version) for s in self._uncaptured}
+
+    def is_current(self, item: Item) -> bool:
+        """Whether it is, by its name, the capture of a shard as it is now."""
+        return item.path in self._current
+
+    def __contains__(self, item: Item) -> bool:
+        """Whether something refers to it, or would. A failure record tells of content that is still there;
+        strangers are nobody's to judge.
+        """
+        if item.kind == "failure":
+            return item.capture_id == self._spec.capture_id and (item.shard, item.version) in self._contents
+        if item.kind == "capture":
+            return self.is_current(item) or item.path in self._to_copy_from
+        if item.kind == "unfinished":
+            return item.path in self._to_go_on_from or any(item.path == file.parent for file in self._to_copy_from)
+        return item.kind == "stranger"
+
+    def _files_to_copy_from(self, unreadable: set[str]) -> set[Path]:
+        """Files with rows of shards that are still to be captured; of a shard that cannot be read now, all
+        its files under this identity.
+        """
+        files: set[Path] = set()
+        others = sources(self._store, self._spec) if self._uncaptured else []
+        for shard in self._uncaptured:
+            try:
+                keys = {row.key for row in encode_shard(shard, self._spec.encoder).rows}
+            except DistillError:
+                unreadable = unreadable | {shard.key}
+                continue
+            own = captured_keys(self._store, self._spec.capture_id, keys)
+            derived = derivable(self._store, others, keys - own.keys())
+            files |= {path for path, _ in own.values()} | {path for _, (path, _) in derived.values()}
+        own_files = self._store.files(self._spec.capture_id)
+        return files | {path for (key, _), path in own_files.items() if key in unreadable}
+
+
+def _is_captured(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> bool:
+    try:
+        return store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows) is not None
+    except CaptureError:
+        return False

@@ -1,0 +1,65 @@
+"""Every file in `captures/` looked at: read to its last byte, or told from what belongs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_assets.dataset_shards.discover import Discovery
+from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.teacher_capture.contents import Item, Needs, contents
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.inspection import inspect_capture
+from distill_assets.teacher_capture.store import CaptureStore, read_capture
+
+GC = "`distill gc` removes it"
+_ORPHANS = {
+    "leftover": "left by a process that was killed",
+    "unfinished": "finished chunks that no shard on disk would go on from",
+    "failure": "tells of a failure of content that is gone",
+}
+
+
+def verify_captures(
+    spec: CaptureSpec, discovery: Discovery, store: CaptureStore, busy: bool, on_file: FileListener
+) -> Iterator[Problem]:
+    """Problems of `captures/`. Superseded captures are none; nor is a shard without a capture, which is to be
+    captured. `busy`: runs are under way, so what looks left over may be theirs.
+    """
+    needs = Needs(spec, discovery, store)
+    for item in contents(store.root):
+        if item.kind == "capture":
+            on_file(item.path)
+            remedy = "delete it, then `distill run` makes it again" if needs.is_current(item) else GC
+            for kind, reason in inspect_capture(item.path, _n_ids(spec, item)):
+                yield Problem(kind, item.path, f"{reason}; {remedy}")
+        elif item.kind == "stranger":
+            yield Problem("orphaned", item.path, "nothing of ours; move it out of captures/")
+        elif item.kind in _ORPHANS and item not in needs:
+            if not busy:
+                yield Problem("orphaned", item.path, f"{_ORPHANS[item.kind]}; {GC}")
+        elif item.kind == "unfinished":
+            yield from _verify_chunks(item, on_file)
+
+
+def _n_ids(spec: CaptureSpec, item: Item) -> int | None:
+    """Where ids end; None for a capture by another tokenizer."""
+    try:
+        same = read_capture(item.path).identity["tokenizer"] == spec.identity["tokenizer"]
+    except CaptureError:
+        return None
+    return spec.encoder.n_real if same else None
+
+
+def _verify_chunks(item: Item, on_file: FileListener) -> Iterator[Problem]:
+    for file in sorted(item.path.glob("*.parquet")):
+        on_file(file)
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as chunk:
+                for group in range(chunk.num_row_groups):
+                    chunk.read_row_group(group)
+        except (OSError, pa.ArrowException) as error:
+            yield Problem("damaged", file, f"a finished chunk that cannot be read ({error}); `distill run` redoes it")

@@ -1,0 +1,164 @@
+"""A capture file read to its last byte: what it takes to notice each kind of damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.inspection import inspect_capture
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.store import FOOTER, read_rows
+from tests import tiny
+from tests.bench import Bench
+
+
+@pytest.fixture(params=["compact", "exact"])
+def captured(request: pytest.FixtureRequest, tmp_path: Path, teacher_folder: Path) -> tuple[Bench, Path]:
+    """A home whose s0 is captured in several row groups."""
+    targets = {"k": 8, "precision": request.param}
+    bench = Bench(tiny.make_home(tmp_path / "home", teacher_folder, shards=1, rows=80, targets=targets))
+    report = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=64)
+    assert pq.ParquetFile(report.capture.path).num_row_groups > 1
+    return bench, report.capture.path
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """The file with other columns and valid checksums, its footer as it was."""
+    footer = pq.read_metadata(path).metadata[FOOTER]
+    table = change(pq.read_table(path))
+    precision = "compact" if "support_q" in table.column_names else "exact"
+    with parquet_writer(path, precision) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({FOOTER.decode(): footer})
+
+
+def with_row(path: Path, number: int, change: Callable[[CapturedRow], CapturedRow]) -> None:
+    rows: Sequence[CapturedRow] = [change(r) if r.row == number else r for r in read_rows(path)]
+
+    def table(old: pa.Table) -> pa.Table:
+        return to_arrow(rows, "compact" if "support_q" in old.column_names else "exact")
+
+    rewrite(path, table)
+
+
+def problems(bench: Bench, path: Path) -> list[tuple[str, str]]:
+    return list(inspect_capture(path, bench.spec.encoder.n_real))
+
+
+def test_a_whole_file_has_no_problem(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    assert problems(bench, path) == []
+    rewrite(path, lambda table: table)
+    assert problems(bench, path) == []
+
+
+def test_every_flipped_byte_is_noticed_unless_it_changes_nothing(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    whole, table = path.read_bytes(), pq.read_table(path)
+    noticed = 0
+    pages_end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for at in np.random.default_rng(0).integers(4, pages_end, 60):
+        content = bytearray(whole)
+        content[at] ^= 0x10
+        path.write_bytes(content)
+        if problems(bench, path):
+            noticed += 1
+        else:  # pages have headers with fields that no reader of ours uses
+            assert pq.read_table(path).equals(table), at
+    assert noticed > 50
+
+
+@pytest.mark.parametrize("cut", [1, 8, 1000])
+def test_a_file_cut_short_is_damaged(captured: tuple[Bench, Path], cut: int) -> None:
+    bench, path = captured
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [kind for kind, _ in problems(bench, path)] == ["damaged"]
+
+
+def changed(row: CapturedRow, **arrays: np.ndarray) -> CapturedRow:
+    return replace(row, targets=replace(row.targets, **arrays))
+
+
+def swapped_first_two(row: CapturedRow) -> CapturedRow:
+    logprobs = row.targets.support_logprobs_N.copy()
+    logprobs[[0, 1]] = logprobs[[1, 0]] + np.float32([-0.5, 0.5])
+    return changed(row, support_logprobs_N=logprobs)
+
+
+def moved(values: np.ndarray, at: int, by: float) -> np.ndarray:
+    values = values.copy()
+    values[at] += by
+    return values
+
+
+WRONG = {
+    "a mass of": lambda r: changed(r, tail_logprob_P=moved(r.targets.tail_logprob_P, 2, 1.5)),
+    "not descending": swapped_first_two,
+    "support_ids outside": lambda r: changed(r, support_ids_N=moved(r.targets.support_ids_N, 3, 100_000)),
+    "an id twice": lambda r: changed(
+        r, support_ids_N=np.concatenate([r.targets.support_ids_N[1:2], r.targets.support_ids_N[1:]])
+    ),
+    "input_ids outside": lambda r: replace(r, input_ids=moved(r.input_ids, 0, 100_000)),
+    "its key": lambda r: replace(r, input_ids=np.concatenate([r.input_ids[:1], r.input_ids[:1], r.input_ids[2:]])),
+    "positions that are not": lambda r: changed(r, positions_P=moved(r.targets.positions_P, -1, 1)),
+    "entropy that is not a number": lambda r: changed(r, entropy_P=moved(r.targets.entropy_P, 0, np.nan)),
+    "mean_entropy": lambda r: changed(r, entropy_P=moved(r.targets.entropy_P, 0, 90.0)),
+    "gold_logprob": lambda r: changed(r, gold_logprob_P=moved(r.targets.gold_logprob_P, 0, -90.0)),
+    "numbered 0": lambda r: replace(r, row=0),
+    "weight -1": lambda r: replace(r, weight=-1.0),
+    "truncated_rows": lambda r: replace(r, truncated=not r.truncated),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_wrong_value_with_valid_checksums_is_named(captured: tuple[Bench, Path], said: str) -> None:
+    bench, path = captured
+    with_row(path, 5, WRONG[said])
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "damaged" and said in reason
+    if said not in ("mean_entropy", "gold_logprob", "truncated_rows", "numbered 0"):
+        assert reason.startswith("row 5: ")
+
+
+def test_a_row_that_is_gone_and_lists_that_do_not_match_are_named(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    whole = path.read_bytes()
+    rewrite(path, lambda table: table.slice(0, table.num_rows - 1))
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "damaged" and "its footer says rows 80, its rows 79" in reason
+    path.write_bytes(whole)
+
+    def shorter(table: pa.Table) -> pa.Table:
+        column = table.column_names.index("entropy")
+        lists = [values[:-1] for values in table["entropy"].to_pylist()]
+        return table.set_column(column, table.schema.field(column), pa.array(lists, table.schema.field(column).type))
+
+    rewrite(path, shorter)
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "damaged" and "entropy has not one entry a position" in reason
+
+
+def test_a_footer_of_another_capture_is_a_mismatch(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    other = path.with_name(path.name.replace("s0@", "s1@"))
+    path.rename(other)
+    [(kind, reason)] = problems(bench, other)
+    assert kind == "mismatch" and "s0@" in reason and "s1@" in reason
+    other.rename(path)
+    footer = json.loads(pq.read_metadata(path).metadata[FOOTER])
+    footer["identity"]["targets"]["k"] = 9
+    table = pq.read_table(path)
+    with parquet_writer(path, footer["identity"]["targets"]["precision"]) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({FOOTER.decode(): json.dumps(footer)})
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "mismatch" and "identity" in reason
