@@ -89,7 +89,7 @@ def _capture(
     encoded = encode_shard(shard, spec.encoder)
     budget = batch_tokens or forward_batch_tokens(resolve_device(device))
     chunks = plan_chunks(encoded.rows, budget)
-    finished = ChunkFolder(store.unfinished(*name), spec.targets.precision)
+    finished = ChunkFolder(store.unfinished(*name), spec.targets)
     if force:
         finished.clear()
     before = _Before(spec, store, finished, force)
@@ -114,7 +114,7 @@ def _capture(
             finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began), derived_from)
     capture = store.publish(
         finished.tables(chunks),
-        spec.targets.precision,
+        spec.targets,
         _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)},
         total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target),
     )

@@ -23,6 +23,7 @@ from distill_assets.dataset_shards.encode import EncodedRow
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing
 from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import FOOTER, CaptureStats
@@ -145,9 +146,9 @@ def derived_sources(file: Path) -> list[str]:
 class ChunkFolder:
     """The finished chunks of one shard version under one capture identity."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, targets: TargetSettings) -> None:
         self.folder = folder
-        self._precision = precision
+        self._targets = targets
 
     def _file(self, chunk: Chunk) -> Path:
         return self.folder / f"{chunk.start:09d}.parquet"
@@ -170,8 +171,8 @@ class ChunkFolder:
 
     def write(self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
-        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self._precision) as writer:
-            writer.write_table(to_arrow(rows, self._precision))
+        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self._targets) as writer:
+            writer.write_table(to_arrow(rows, self._targets))
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
 

@@ -1,7 +1,7 @@
 """Rows in, sparse targets out: length-sorted batches through the teacher, head only where needed.
 
 Legend: B = batch, T = tokens of a row, D = width, N = supervised positions of a batch,
-K = most ids kept.
+K = most ids kept, S = draws at a position.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from distill_assets.dataset_shards.encode import EncodedRow
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.language_model import HEAD_ROWS, hidden_states, real_logits
 from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture.draws import row_bits
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher, sparsify
 
@@ -61,6 +62,8 @@ def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSe
     row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in positions]))
     position_N = torch.from_numpy(np.concatenate(positions).astype(np.int64))
     gold_N = ids_BT[row_N, position_N + 1].to(teacher.device)
+    bits = [row_bits(row.key, targets, len(p)) for row, p in zip(rows, positions, strict=True)]
+    bits_NS = torch.from_numpy(np.concatenate(bits)).to(teacher.device)
 
     hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
     hidden_ND = hidden_BTD[row_N.to(teacher.device), position_N.to(teacher.device)]
@@ -70,6 +73,7 @@ def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSe
             real_logits(teacher.model, hidden_ND[start : start + HEAD_ROWS], teacher.n_real, teacher.unused),
             gold_N[start : start + HEAD_ROWS],
             targets,
+            bits_NS[start : start + HEAD_ROWS],
         )
         for start in range(0, len(hidden_ND), HEAD_ROWS)
     ]
@@ -85,6 +89,8 @@ def _to_rows(
 
     ids_NK, logprobs_NK, keep_NK = host("ids_NK"), host("logprobs_NK"), host("keep_NK")
     tail_N, gold_N, entropy_N = host("tail_logprob_N"), host("gold_logprob_N"), host("entropy_N")
+    weights_NK = None if scored[0].weights_NK is None else host("weights_NK")
+    tail_ids_NS = None if scored[0].tail_sample_ids_NS is None else host("tail_sample_ids_NS").astype(np.int32)
     out: list[SparseTargets] = []
     start = 0
     for row, positions_P in zip(rows, positions, strict=True):
@@ -106,6 +112,8 @@ def _to_rows(
                 tail_logprob_P=tail_N[part],
                 gold_logprob_P=gold_N[part],
                 entropy_P=entropy_N[part],
+                weights_N=None if weights_NK is None else weights_NK[part][kept_PK],
+                tail_sample_ids_PS=None if tail_ids_NS is None else tail_ids_NS[part],
             )
         )
     return out

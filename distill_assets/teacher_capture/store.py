@@ -23,6 +23,7 @@ from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
@@ -203,13 +204,13 @@ class CaptureStore:
         return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
 
     def publish(
-        self, tables: Iterable[pa.Table], precision: str, footer: Mapping[str, Any], stats: CaptureStats
+        self, tables: Iterable[pa.Table], targets: TargetSettings, footer: Mapping[str, Any], stats: CaptureStats
     ) -> Capture:
         """Write a capture file, a row group a table; it appears whole or not at all. `footer` names it."""
         path = self.path_of(footer["capture_id"], footer["shard"], footer["version"])
         tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
         content = {**footer, "position": POSITION_MEANING, "stats": asdict(stats), "tools": tools}
-        with replacing(path) as beside, parquet_writer(beside, precision) as writer:
+        with replacing(path) as beside, parquet_writer(beside, targets) as writer:
             for table in tables:
                 writer.write_table(table)
             writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
