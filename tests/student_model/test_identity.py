@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.foundation.settings import TargetSettings, TrainingSettings
 from distill_assets.student_model.identity import student_id
 from distill_assets.student_model.vocabulary import StudentVocabulary
 
@@ -27,6 +27,7 @@ def an_id(kind: str = "student", **changes: Any) -> str:
         "vocabulary": StudentVocabulary(100, (3,)),
         "tokenizer": "t",
         "capture_ids": ["c"],
+        "targets": TargetSettings(),
     }
     return student_id(kind, **{**values, **changes})  # type: ignore[arg-type]
 
