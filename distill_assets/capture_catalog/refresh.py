@@ -82,8 +82,8 @@ def refresh_catalog(
         _insert_captures(connection, _history(store, current), current=False)
         files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
         _insert_students(connection, read_lineages(students))
-        precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
-        connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
+        files = {str(entry.capture.path): entry.capture.identity["targets"] for entry in entries}
+        connection.execute(schema.positions_view(files))
         connection.execute(schema.KEPT_IDS)
         return _report(connection, identity, files_read)
 
