@@ -41,6 +41,14 @@ class DeviceError(DistillError):
     """The device asked for is not there."""
 
 
+class OutOfMemory(DistillError):
+    """A forward pass took more memory than the device has. `rows` were in it."""
+
+    def __init__(self, message: str, rows: int) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 class IncompatibleTokenizers(DistillError):
     """Teacher and student do not mean the same thing by an id, or segment text differently."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.fingerprints import HashCache, digest
 
@@ -70,6 +72,37 @@ class ModelFolder:
         """Hash of the weights' bytes and the configuration; equal for a hub id and a copy of its folder."""
         config = {key: value for key, value in self.config().items() if key not in _VOLATILE_CONFIG}
         return digest({"config": config, "weights": [[f.name, hashes.hash_of(f)] for f in self.weight_files()]})
+
+    def weights(self, hashes: HashCache) -> Weights:
+        """These weights as they are now; what changes while they are hashed shows in the stamp."""
+        stamp = self.stamp()
+        return Weights(self, self.fingerprint(hashes), stamp)
+
+    def stamp(self) -> tuple[tuple[str | int, ...], ...]:
+        """Names, sizes, dates and inodes of configuration and weight files: other bytes, another stamp."""
+        stats = [(file.name, file.stat()) for file in (self.path / "config.json", *self.weight_files())]
+        return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
+
+    def n_parameters(self) -> int:
+        """Numbers in the weight files, from their headers."""
+        return sum(_n_parameters(file) for file in self.weight_files())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model folder with the hash of its content, and the stamp its files had when they were hashed."""
+
+    folder: ModelFolder
+    fingerprint: str
+    stamp: tuple[tuple[str | int, ...], ...]
+
+
+def _n_parameters(file: Path) -> int:
+    try:
+        with safe_open(file, "numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{file}: damaged ({error}); download or save it again") from error
 
 
 # Written by whoever saved the model and without effect on what it computes.

@@ -14,9 +14,9 @@ from typing import Any
 import dagster as dg
 
 from distill_assets.dataset_shards.discover import Shard
+from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, StaleInputs, UsageError
 from distill_assets.foundation.home import Home
-from distill_assets.foundation.language_model import resolve_device
 from distill_assets.orchestration import metadata, records
 from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags
 from distill_assets.orchestration.interrupts import noticed_interrupts

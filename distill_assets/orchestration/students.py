@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
+from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, TrainingError
-from distill_assets.foundation.language_model import load_model, load_tokenizer, resolve_device
+from distill_assets.foundation.language_model import load_model, load_tokenizer
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.orchestration import compatibility

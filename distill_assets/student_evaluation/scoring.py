@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from distill_assets.foundation.errors import IncompatibleTokenizers, TrainingError
 from distill_assets.foundation.language_model import (
-    HEAD_ROWS,
     forward_batch_tokens,
+    head_rows,
     head_width,
     hidden_states,
     real_logits,
@@ -167,8 +167,9 @@ def _score_batch(model: PreTrainedModel, batch: _Batch, n_real: int, unused: Ten
     hidden_ND = hidden_BTD[batch.row_N.to(device), batch.position_N.to(device)]
     del hidden_BTD
     parts: list[PositionScores] = []
-    for start in range(0, max(len(hidden_ND), 1), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
+    chunk_rows = head_rows(model)
+    for start in range(0, max(len(hidden_ND), 1), chunk_rows):
+        part = slice(start, start + chunk_rows)
         logits_NV = real_logits(model, hidden_ND[part], n_real, unused)
         ids_NK = batch.ids_NK[part].to(device)
         log_total_N1 = logits_NV.logsumexp(-1, keepdim=True)

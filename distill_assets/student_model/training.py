@@ -28,8 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import TrainingError
-from distill_assets.foundation.language_model import head_width, resolve_device
+from distill_assets.foundation.language_model import head_width
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches

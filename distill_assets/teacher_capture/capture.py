@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, encode_shard
-from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
-from distill_assets.foundation.language_model import forward_batch_tokens, resolve_device
+from distill_assets.foundation.devices import resolve_device
+from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, OutOfMemory
+from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.chunks import (
     ChunkFolder,
-    Figures,
+    ChunkWriter,
+    Cost,
     derived_sources,
     plan_chunks,
     plan_windows,
@@ -27,7 +34,7 @@ from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore
-from distill_assets.teacher_capture.teacher import Teacher, load_teacher
+from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,27 @@ def capture_shard(
     name = (spec.capture_id, shard.key, shard.version)
     if not force and (current := _current(spec, shard, store)):
         return CaptureReport(current, written=False)
-    try:
-        report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
-    except SHARD_FAILURES as error:
-        store.record_failure(*name, str(error))
-        raise
-    store.forget_failure(*name)
-    return report
+    with _alone(store.lock(*name)):
+        if not force and (current := _current(spec, shard, store)):
+            return CaptureReport(current, written=False)  # another process made it while we waited
+        try:
+            report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
+        except SHARD_FAILURES as error:
+            store.record_failure(*name, str(error))
+            raise
+        store.forget_failure(*name)
+        return report
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Two processes on one shard version would work in one folder of chunks: the second waits."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # whoever waits for the removed file sees that it is none, and tries anew
 
 
 def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | None:
@@ -87,8 +108,8 @@ def _capture(
 ) -> CaptureReport:
     name = (spec.capture_id, shard.key, shard.version)
     encoded = encode_shard(shard, spec.encoder)
-    budget = batch_tokens or forward_batch_tokens(resolve_device(device))
-    chunks = plan_chunks(encoded.rows, budget)
+    planned = batch_tokens or forward_batch_tokens(resolve_device(device))
+    chunks = plan_chunks(encoded.rows, planned)
     finished = ChunkFolder(store.unfinished(*name), spec.targets)
     if force:
         finished.clear()
@@ -96,22 +117,28 @@ def _capture(
     todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
     meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
-    for window in plan_windows(todo):
-        stored = before.rows({row.key for chunk in window for row in chunk.rows})
-        for chunk in window:
-            keys = {row.key for row in chunk.rows}
-            # What this window scored before is read back, so that it is as after a kill: rounded.
-            stored |= before.rows(keys - stored.keys())
-            fresh = list({row.key: row for row in chunk.rows if row.key not in stored}.values())
-            began, scored = time.monotonic(), {}
-            if fresh:
-                teacher = load_teacher(spec.teacher, spec.weights, spec.dtype, device)
-                began, scored = time.monotonic(), _score(teacher, fresh, spec, budget, meter)
-            targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
-            derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
-            rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
-            tokens = sum(len(row.input_ids) for row in fresh)
-            finished.write(chunk, rows, Figures.of(rows, len(fresh), tokens, time.monotonic() - began), derived_from)
+    with ExitStack() as turn, ChunkWriter(finished) as writer:
+        teacher: Teacher | None = None
+        for window in plan_windows(todo):
+            stored = before.rows({row.key for chunk in window for row in chunk.rows})
+            for chunk in window:
+                keys = {row.key for row in chunk.rows}
+                if again := keys - stored.keys():
+                    # What this window scored before is read back, so that it is as after a kill: rounded.
+                    writer.finish(again)
+                    stored |= before.rows(again)
+                fresh = list({row.key: row for row in chunk.rows if row.key not in stored}.values())
+                began, scored = time.monotonic(), {}
+                if fresh:
+                    if teacher is None:
+                        teacher = turn.enter_context(teacher_in_turn(spec.weights, spec.dtype, device))
+                        began = time.monotonic()
+                    scored = _score(teacher, chunk.start, fresh, spec.targets, finished, planned, meter)
+                targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
+                derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
+                rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
+                tokens = sum(len(row.input_ids) for row in fresh)
+                writer.write(chunk, rows, Cost(len(fresh), tokens, time.monotonic() - began), derived_from)
     capture = store.publish(
         finished.tables(chunks),
         spec.targets,
@@ -165,23 +192,41 @@ class _Meter:
     """Tells a listener how many tokens the teacher has seen of those it must see."""
 
     def __init__(self, shard: str, lengths: Mapping[str, int], on_progress: ProgressListener) -> None:
-        self._shard, self._lengths, self._on_progress = shard, lengths, on_progress
+        self._shard, self._left, self._on_progress = shard, dict(lengths), on_progress
         self._total, self._done, self._started = sum(lengths.values()), 0, time.monotonic()
+        self.note = ""
 
     def count(self, key: str) -> None:
-        self._done += self._lengths.get(key, 0)
+        self._done += self._left.pop(key, 0)  # a row that is scored a second time is no progress
         seconds = time.monotonic() - self._started
-        self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds))
+        self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds, self.note))
 
 
 def _score(
-    teacher: Teacher, rows: Sequence[EncodedRow], spec: CaptureSpec, budget: int, meter: _Meter
+    teacher: Teacher,
+    start: int,
+    rows: Sequence[EncodedRow],
+    targets: TargetSettings,
+    finished: ChunkFolder,
+    planned: int,
+    meter: _Meter,
 ) -> dict[str, SparseTargets]:
-    scored = {}
-    for i, targets in score_rows(teacher, rows, spec.targets, budget):
-        scored[rows[i].key] = targets
-        meter.count(rows[i].key)
-    return scored
+    """Targets of the chunk at `start`, by row key. Where memory runs out, the chunk starts over with forward
+    passes of half the tokens, and so do all after it, in this run and in one that goes on from it.
+    """
+    while True:
+        budget = finished.forward_tokens(start, planned)
+        scored = {}
+        try:
+            for i, row_targets in score_rows(teacher, rows, targets, budget):
+                scored[rows[i].key] = row_targets
+                meter.count(rows[i].key)
+            return scored
+        except OutOfMemory as error:
+            if error.rows == 1:
+                raise
+            finished.reduce_forward_tokens(start, planned, budget // 2)
+            meter.note = f"memory ran out: {budget // 2:,} tokens a pass"
 
 
 def _captured(number: int, row: EncodedRow, targets: SparseTargets) -> CapturedRow:

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.encode import EncodedRow
 from distill_assets.foundation.errors import CaptureError
-from distill_assets.foundation.files import PARTIAL, replacing
+from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
@@ -31,6 +32,7 @@ from distill_assets.teacher_capture.store import FOOTER, CaptureStats
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
+_BUDGET = "forward_tokens.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ def plan_windows(chunks: Sequence[Chunk], window_tokens: int = WINDOW_TOKENS) ->
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the teacher did for a chunk: rows and tokens it saw, in so many seconds."""
+
+    rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """Sums over rows (float64), and what the teacher did for them."""
 
@@ -96,7 +107,7 @@ class Figures:
     seconds: float
 
     @staticmethod
-    def of(rows: Sequence[CapturedRow], rows_captured: int, tokens_captured: int, seconds: float) -> Figures:
+    def of(rows: Sequence[CapturedRow], cost: Cost) -> Figures:
         targets = [row.targets for row in rows]
         return Figures(
             rows=len(rows),
@@ -107,9 +118,9 @@ class Figures:
             entropy=sum(float(t.entropy_P.sum(dtype=np.float64)) for t in targets),
             kept_mass=sum(float(t.kept_mass_P().sum(dtype=np.float64)) for t in targets),
             gold_logprob=sum(float(t.gold_logprob_P.sum(dtype=np.float64)) for t in targets),
-            rows_captured=rows_captured,
-            tokens_captured=tokens_captured,
-            seconds=seconds,
+            rows_captured=cost.rows,
+            tokens_captured=cost.tokens,
+            seconds=cost.seconds,
         )
 
 
@@ -169,12 +180,30 @@ class ChunkFolder:
         footer: dict[str, Any] = json.loads(metadata[_FOOTER])
         return footer
 
-    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures, derived_from: Collection[str]) -> None:
+    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
+        figures = Figures.of(rows, cost)
         with replacing(self._file(chunk)) as beside, parquet_writer(beside, self._targets) as writer:
             writer.write_table(to_arrow(rows, self._targets))
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
+
+    def forward_tokens(self, start: int, planned: int) -> int:
+        """Tokens a forward pass from the chunk at `start` on: as planned, or less where memory ran out."""
+        return min((tokens for at, tokens in self._reductions(planned) if at <= start), default=planned)
+
+    def reduce_forward_tokens(self, start: int, planned: int, tokens: int) -> None:
+        """Remember that memory ran out in the chunk at `start`: a run that goes on must batch alike."""
+        write_json(
+            self.folder / _BUDGET, {"planned": planned, "reductions": [*self._reductions(planned), [start, tokens]]}
+        )
+
+    def _reductions(self, planned: int) -> list[list[int]]:
+        try:
+            journal = json.loads((self.folder / _BUDGET).read_text(encoding="utf-8"))
+            return list(journal["reductions"]) if journal["planned"] == planned else []
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
     def figures(self, chunks: Sequence[Chunk]) -> list[Figures]:
         return [Figures(**self._footer(chunk)["figures"]) for chunk in chunks]
@@ -194,3 +223,40 @@ class ChunkFolder:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ChunkWriter:
+    """Writes chunks in a thread, one at a time, while the teacher computes the next.
+
+    An error of the thread is raised by the next call; leaving the block waits for the last chunk.
+    """
+
+    def __init__(self, folder: ChunkFolder) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-writer")
+        self._writing: Future[None] | None = None
+        self._keys: frozenset[str] = frozenset()
+
+    def __enter__(self) -> ChunkWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            self._wait()
+
+    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
+        """Have a chunk written; waits while there is another one in hand."""
+        self._wait()
+        self._keys = frozenset(row.key for row in chunk.rows)
+        self._writing = self._thread.submit(self._folder.write, chunk, rows, cost, derived_from)
+
+    def finish(self, keys: Collection[str]) -> None:
+        """Wait for the chunk in hand if it holds one of `keys`."""
+        if not self._keys.isdisjoint(keys):
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing, self._keys = None, frozenset()

@@ -6,34 +6,52 @@ K = most ids kept, S = draws at a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill_assets.dataset_shards.encode import EncodedRow
-from distill_assets.foundation.errors import CaptureError
-from distill_assets.foundation.language_model import HEAD_ROWS, hidden_states, real_logits
+from distill_assets.foundation.devices import is_out_of_memory
+from distill_assets.foundation.errors import CaptureError, OutOfMemory
+from distill_assets.foundation.language_model import hidden_states
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.draws import row_bits
+from distill_assets.teacher_capture.drawn_targets import drawn_targets
+from distill_assets.teacher_capture.draws import draws_per_position, row_bits
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
-from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher, sparsify
+from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
+from distill_assets.teacher_capture.top_k import MOST_ROWS, top_k_targets
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Row indices in batches of at most `batch_tokens` padded tokens, longest rows first.
 
-    Sorting by length leaves little padding, and an out-of-memory shows in the first batch. A row
-    longer than the budget is a batch of its own. The plan depends on the lengths alone.
+    Of all ways to cut the rows, sorted by length, into batches, the one that costs least: padded tokens,
+    and 1/32 of the budget for each forward pass (measured on a CPU: 37 tokens with passes of 1,024). Longest
+    first, because an out-of-memory then shows in the first batch. A row longer than the budget is a batch
+    of its own. The plan depends on the lengths alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    length_R = np.array([lengths[i] for i in order], dtype=np.int64)
+    cost_R1 = np.zeros(len(order) + 1)  # least cost of the first r rows
+    first_R1 = np.zeros(len(order) + 1, dtype=np.int64)  # where their last batch begins
+    for stop in range(1, len(order) + 1):
+        # A batch is as wide as its first row: one that begins at least so near fits.
+        starts = np.arange(max(0, stop - max(1, batch_tokens // length_R[stop - 1])), stop)
+        padded = length_R[starts] * (stop - starts)
+        costs = cost_R1[starts] + padded + batch_tokens / 32
+        costs[(padded > batch_tokens) & (stop - starts > 1)] = np.inf
+        best = int(costs.argmin())
+        cost_R1[stop], first_R1[stop] = costs[best], starts[best]
     batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    stop = len(order)
+    while stop:
+        batches.append(order[first_R1[stop] : stop])
+        stop = int(first_R1[stop])
+    return batches[::-1]
 
 
 def supervised_positions(row: EncodedRow) -> np.ndarray:
@@ -46,14 +64,58 @@ def score_rows(
 ) -> Iterator[tuple[int, SparseTargets]]:
     """Yield (index, targets) for every row, batch by batch, not in order.
 
-    Raises CaptureError, naming row and position, when the teacher's logits are not finite.
+    One batch ahead: while a GPU computes a batch, the one before is copied to the host and unpacked.
+    Raises CaptureError, naming row and position, when the teacher's logits are not finite; OutOfMemory
+    when a batch does not fit.
     """
+    ahead: _Launched | None = None
     for batch in plan_batches([len(row.input_ids) for row in rows], batch_tokens):
-        yield from zip(batch, _score_batch(teacher, [rows[i] for i in batch], targets), strict=True)
+        launched = _launch(teacher, batch, [rows[i] for i in batch], targets)
+        if ahead is not None:
+            yield from ahead.collect()
+        ahead = launched
+    if ahead is not None:
+        yield from ahead.collect()
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose figures are on their way to the host; `copied` fires when they are there."""
+
+    indices: Sequence[int]
+    rows: Sequence[EncodedRow]
+    positions: Sequence[np.ndarray]
+    columns: Mapping[str, Tensor]
+    copied: torch.cuda.Event | None
+
+    def collect(self) -> Iterator[tuple[int, SparseTargets]]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        yield from zip(self.indices, _to_rows(self.columns, self.rows, self.positions), strict=True)
+
+
+def _launch(teacher: Teacher, indices: Sequence[int], rows: Sequence[EncodedRow], targets: TargetSettings) -> _Launched:
+    try:
+        return _run_batch(teacher, indices, rows, targets)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the except block: the error's traceback holds on to every tensor of the batch.
+    gc.collect()
+    if teacher.device.type == "cuda":
+        torch.cuda.empty_cache()
+    longest = max(len(row.input_ids) for row in rows)
+    raise OutOfMemory(
+        f"{teacher.device} has no memory left for a forward pass of {len(rows)} x {longest} tokens; "
+        "lower data.max_length, or use a device with more",
+        len(rows),
+    )
 
 
 @torch.inference_mode()
-def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSettings) -> list[SparseTargets]:
+def _run_batch(
+    teacher: Teacher, indices: Sequence[int], rows: Sequence[EncodedRow], targets: TargetSettings
+) -> _Launched:
     longest = max(len(row.input_ids) for row in rows)
     ids_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
     for b, row in enumerate(rows):
@@ -61,36 +123,46 @@ def _score_batch(teacher: Teacher, rows: Sequence[EncodedRow], targets: TargetSe
     positions = [supervised_positions(row) for row in rows]
     row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in positions]))
     position_N = torch.from_numpy(np.concatenate(positions).astype(np.int64))
-    gold_N = ids_BT[row_N, position_N + 1].to(teacher.device)
-    bits = [row_bits(row.key, targets, len(p)) for row, p in zip(rows, positions, strict=True)]
-    bits_NS = torch.from_numpy(np.concatenate(bits)).to(teacher.device)
 
     hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
-    hidden_ND = hidden_BTD[row_N.to(teacher.device), position_N.to(teacher.device)]
+    device = hidden_BTD.device  # not the teacher's first one where its layers are spread over several
+    hidden_ND = hidden_BTD[row_N.to(device), position_N.to(device)]
     del hidden_BTD
-    scored = [
-        sparsify(
-            real_logits(teacher.model, hidden_ND[start : start + HEAD_ROWS], teacher.n_real, teacher.unused),
-            gold_N[start : start + HEAD_ROWS],
-            targets,
-            bits_NS[start : start + HEAD_ROWS],
-        )
-        for start in range(0, len(hidden_ND), HEAD_ROWS)
-    ]
-    return _to_rows(scored, rows, positions)
+    gold_N = ids_BT[row_N, position_N + 1].to(device)
+    parts: list[ScoredPositions]
+    if draws_per_position(targets):
+        bits = [row_bits(row.key, targets, len(row_P)) for row, row_P in zip(rows, positions, strict=True)]
+        bits_NS = torch.from_numpy(np.concatenate(bits)).to(device)
+        parts = list(drawn_targets(teacher, hidden_ND, gold_N, targets, bits_NS))
+    else:
+        parts = [
+            top_k_targets(teacher, hidden_CD, gold_C, targets)
+            for hidden_CD, gold_C in zip(hidden_ND.split(MOST_ROWS), gold_N.split(MOST_ROWS), strict=True)
+        ]
+    names = [field.name for field in fields(ScoredPositions) if getattr(parts[0], field.name) is not None]
+    columns = {name: _to_host(torch.cat([getattr(part, name) for part in parts])) for name in names}
+    copied = None
+    if device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+    return _Launched(indices, rows, positions, columns, copied)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that is under way, where the device can; else a finished one."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _to_rows(
-    scored: Sequence[ScoredPositions], rows: Sequence[EncodedRow], positions: Sequence[np.ndarray]
+    columns: Mapping[str, Tensor], rows: Sequence[EncodedRow], positions: Sequence[np.ndarray]
 ) -> list[SparseTargets]:
-    def host(name: str) -> np.ndarray:
-        array: np.ndarray = torch.cat([getattr(part, name) for part in scored]).cpu().numpy()
-        return array
-
-    ids_NK, logprobs_NK, keep_NK = host("ids_NK"), host("logprobs_NK"), host("keep_NK")
-    tail_N, gold_N, entropy_N = host("tail_logprob_N"), host("gold_logprob_N"), host("entropy_N")
-    weights_NK = None if scored[0].weights_NK is None else host("weights_NK")
-    tail_ids_NS = None if scored[0].tail_sample_ids_NS is None else host("tail_sample_ids_NS").astype(np.int32)
+    host = {name: column.numpy() for name, column in columns.items()}
+    ids_NK, logprobs_NK, keep_NK = host["ids_NK"], host["logprobs_NK"], host["keep_NK"]
+    tail_N, gold_N, entropy_N = host["tail_logprob_N"], host["gold_logprob_N"], host["entropy_N"]
+    weights_NK, tail_ids_NS = host.get("weights_NK"), host.get("tail_sample_ids_NS")
     out: list[SparseTargets] = []
     start = 0
     for row, positions_P in zip(rows, positions, strict=True):
@@ -113,7 +185,7 @@ def _to_rows(
                 gold_logprob_P=gold_N[part],
                 entropy_P=entropy_N[part],
                 weights_N=None if weights_NK is None else weights_NK[part][kept_PK],
-                tail_sample_ids_PS=None if tail_ids_NS is None else tail_ids_NS[part],
+                tail_sample_ids_PS=None if tail_ids_NS is None else tail_ids_NS[part].astype(np.int32),
             )
         )
     return out

@@ -16,7 +16,7 @@ from distill_assets.foundation.errors import ModelError, SettingsError
 from distill_assets.foundation.fingerprints import HashCache, digest
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.language_model import load_tokenizer, real_vocabulary_size, unused_ids
-from distill_assets.foundation.model_folders import ModelFolder, resolve_model
+from distill_assets.foundation.model_folders import ModelFolder, Weights, resolve_model
 from distill_assets.foundation.settings import Settings, TargetSettings
 from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
 
@@ -27,11 +27,14 @@ FORMAT_VERSION = 1
 class CaptureSpec:
     """Everything a capture is made from, resolved; `identity` hashed is `capture_id`."""
 
-    teacher: ModelFolder
-    weights: str
+    weights: Weights
     encoder: Encoder
     targets: TargetSettings
     identity: Mapping[str, Any]
+
+    @property
+    def teacher(self) -> ModelFolder:
+        return self.weights.folder
 
     @property
     def capture_id(self) -> str:
@@ -45,7 +48,7 @@ class CaptureSpec:
 def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSpec:
     """Resolve the teacher and its tokenizer (no weights are loaded) into a capture's identity."""
     teacher = resolve_model(settings.teacher.model, settings.teacher.revision, home.root)
-    weights = teacher.fingerprint(hashes)
+    weights = teacher.weights(hashes)
     tokenizer = load_tokenizer(teacher)
     n_real = real_vocabulary_size(tokenizer)
     n_ids = n_real - len(unused_ids(tokenizer))
@@ -63,10 +66,10 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
     encoder = Encoder(tokenizer, settings.data, n_real)
     identity = {
         "format": FORMAT_VERSION,
-        "weights": weights,
+        "weights": weights.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "encode": encoder.identity,
         "targets": settings.targets.identity,
         "dtype": settings.teacher.dtype,
     }
-    return CaptureSpec(teacher=teacher, weights=weights, encoder=encoder, targets=settings.targets, identity=identity)
+    return CaptureSpec(weights=weights, encoder=encoder, targets=settings.targets, identity=identity)

@@ -198,6 +198,10 @@ class CaptureStore:
         """The folder for finished chunks of a capture that is under way."""
         return self.root / capture_id / f"{_UNFINISHED}{shard}@{version[:SHORT]}"
 
+    def lock(self, capture_id: str, shard: str, version: str) -> Path:
+        """The file that whoever captures this shard version has locked."""
+        return self.root / capture_id / f".lock-{shard}@{version[:SHORT]}"
+
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
         chunks = (self.root / capture_id).glob(f"{_UNFINISHED}*/*.parquet")

@@ -1,10 +1,12 @@
 """The teacher, loaded once in a process, and what it makes of rows of hidden states.
 
-Legend: N = chosen positions, V = real vocabulary ids, K = most ids kept, S = draws at a position.
+Legend: N = chosen positions, K = most ids kept, S = tail samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,18 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill_assets.foundation.devices import cuda_choices, fits_one, leased, resolve_device
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.language_model import (
     head_width,
     load_model,
     load_tokenizer,
     real_vocabulary_size,
-    resolve_device,
     unused_ids,
 )
-from distill_assets.foundation.model_folders import ModelFolder
-from distill_assets.foundation.settings import Dtype, TargetSettings
-from distill_assets.teacher_capture.draws import draw_ids
-from distill_assets.teacher_capture.support import choose_support, n_likeliest
+from distill_assets.foundation.model_folders import Weights
+from distill_assets.foundation.settings import Dtype
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,31 @@ class Teacher:
         return self.model.device
 
 
+@contextmanager
+def teacher_in_turn(weights: Weights, dtype: Dtype, device: str) -> Iterator[Teacher]:
+    """The teacher on a device that is ours meanwhile.
+
+    Where `device` leaves a choice of CUDA devices, one is leased, so that runs at the same time take one
+    each; a teacher that does not fit into one is spread over all of them.
+    """
+    choices = cuda_choices(device)
+    spread = bool(choices) and not fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices)
+    with leased(choices, every=spread) as one:
+        yield load_teacher(weights, dtype, one or device, spread)
+
+
 @lru_cache(maxsize=1)
-def load_teacher(folder: ModelFolder, fingerprint: str, dtype: Dtype, device: str) -> Teacher:
+def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = False) -> Teacher:
     """Load a teacher, or give back the one loaded last if it is the same.
 
-    `fingerprint` is there for the cache: weights replaced under the same name are loaded again.
+    CaptureError when its files are no longer those that were hashed: a capture must never be filed under
+    weights that did not make it.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype, target)
+    tokenizer = load_tokenizer(weights.folder)
+    model = load_model(weights.folder, dtype, target, spread)
+    if weights.folder.stamp() != weights.stamp:
+        raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
     n_real = min(
         real_vocabulary_size(tokenizer), head_width(model)
     )  # a narrower head is refused by the tokenizer check
@@ -65,40 +84,8 @@ class ScoredPositions:
     ids_NK: Tensor
     logprobs_NK: Tensor
     keep_NK: Tensor
-    weights_NK: Tensor | None
-    tail_sample_ids_NS: Tensor | None
     tail_logprob_N: Tensor
     gold_logprob_N: Tensor
     entropy_N: Tensor
-
-
-def sparsify(logits_NV: Tensor, gold_N: Tensor, targets: TargetSettings, bits_NS: Tensor) -> ScoredPositions:
-    """Kept log-probabilities, tail mass, gold log-probability and entropy from float32 logits.
-
-    One exponential over the vocabulary gives all of them: with z = logits - max and e = exp(z),
-    log p = z - log(sum e), H = log(sum e) - (sum e z) / (sum e), and the tail is summed from what
-    is left of e once the kept ids are taken out, so that it is exact however small it is.
-    `bits_NS` are the random numbers of the positions (`draws.row_bits`). `logits_NV` is overwritten.
-    """
-    top_NK, likeliest_NK = logits_NV.topk(n_likeliest(targets, logits_NV.shape[-1]), dim=-1)
-    max_N1 = top_NK[:, :1]
-    gold_N1 = logits_NV.gather(1, gold_N[:, None]) - max_N1
-    z_NV = logits_NV.sub_(max_N1)
-    e_NV = z_NV.exp()
-    sum_N = e_NV.sum(-1)
-    log_sum_N = sum_N.log()
-    entropy_N = log_sum_N - torch.linalg.vecdot(e_NV, z_NV) / sum_N
-
-    likeliest_logprobs_NK = top_NK - max_N1 - log_sum_N[:, None]
-    support = choose_support(likeliest_NK, likeliest_logprobs_NK, e_NV, targets, bits_NS)
-    outside_NV = e_NV.scatter_(1, support.ids_NK, 0.0)
-    return ScoredPositions(
-        ids_NK=support.ids_NK,
-        logprobs_NK=z_NV.gather(1, support.ids_NK) - log_sum_N[:, None],
-        keep_NK=support.keep_NK,
-        weights_NK=support.weights_NK,
-        tail_sample_ids_NS=draw_ids(outside_NV, bits_NS) if targets.tail_samples else None,
-        tail_logprob_N=outside_NV.sum(-1).log() - log_sum_N,
-        gold_logprob_N=gold_N1[:, 0] - log_sum_N,
-        entropy_N=entropy_N.clamp_min(0.0),
-    )
+    weights_NK: Tensor | None = None
+    tail_sample_ids_NS: Tensor | None = None

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import DeviceError, ModelError
 from distill_assets.foundation.language_model import (
     NEVER,
@@ -28,7 +29,6 @@ from distill_assets.foundation.language_model import (
     load_tokenizer,
     real_logits,
     real_vocabulary_size,
-    resolve_device,
     unused_ids,
     verify_split,
 )

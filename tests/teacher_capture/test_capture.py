@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import duckdb
@@ -11,6 +14,7 @@ import pandas
 import polars
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from distill_assets.foundation.errors import CaptureError, ShardError
 from distill_assets.foundation.progress import Progress
@@ -186,3 +190,47 @@ def test_bad_rows_left_out_are_not_current_once_they_fail_the_shard(bench: Bench
     settings.write_text(fail)
     with pytest.raises(ShardError, match="line 7"):
         capture(bench, "s0")
+
+
+ANOTHER = """
+import sys
+from pathlib import Path
+from distill_assets.teacher_capture.capture import capture_shard
+from tests.bench import Bench
+
+bench = Bench(Path(sys.argv[1]))
+print("ready", flush=True)
+print(capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").written, flush=True)
+"""
+
+
+def test_a_second_process_waits_and_takes_what_the_first_made(bench: Bench) -> None:
+    """It starts while the first is in the middle of the shard, and asks for the same one."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start_another(progress: Progress) -> None:
+        if not processes:
+            command = [sys.executable, "-c", ANOTHER, str(bench.home.root)]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            assert processes[0].stdout is not None and processes[0].stdout.readline() == "ready\n"
+            time.sleep(2.0)
+            assert processes[0].poll() is None  # it waits
+
+    first = capture(bench, "s0", on_progress=start_another)
+    [second] = processes
+    out, _ = second.communicate(timeout=60)
+    assert first.written and out == "False\n" and second.returncode == 0
+    assert [p.name for p in first.capture.path.parent.iterdir()] == [first.capture.path.name]
+
+
+def test_a_teacher_replaced_under_way_is_not_filed_under_the_old_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, seed=0)
+    bench = Bench(tiny.make_home(tmp_path / "home", teacher))
+    spec = bench.spec
+    tiny.save_model(teacher, tokenizer, seed=1)
+    with pytest.raises(CaptureError, match=r"the weights in .*teacher were replaced under way; run again"):
+        capture_shard(spec, bench.shards["s0"], bench.store, device="cpu")
+    assert not list(bench.home.captures.rglob("*.parquet"))
+    assert capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").written

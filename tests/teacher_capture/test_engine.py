@@ -41,7 +41,7 @@ def teacher(teacher_folder: Path) -> Teacher:
 
 def load(folder: Path) -> Teacher:
     found = resolve_model(str(folder), None, folder)
-    return load_teacher(found, found.fingerprint(HashCache(folder.parent / "none.json")), "float32", "cpu")
+    return load_teacher(found.weights(HashCache(folder.parent / "none.json")), "float32", "cpu")
 
 
 def score(teacher: Teacher, rows: list[EncodedRow], batch_tokens: int = 64, **targets: object) -> list[SparseTargets]:
@@ -133,7 +133,7 @@ def test_batches_fit_the_budget_and_hold_every_row_once() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_the_cpu(teacher: Teacher, teacher_folder: Path) -> None:
     found = resolve_model(str(teacher_folder), None, teacher_folder)
-    on_gpu = load_teacher(found, "cuda", "float32", "cuda")
+    on_gpu = load_teacher(found.weights(HashCache(teacher_folder.parent / "none.json")), "float32", "cuda")
     for cpu, gpu in zip(score(teacher, ROWS), score(on_gpu, ROWS), strict=True):
         assert (cpu.support_ids_N == gpu.support_ids_N).all()
         assert np.allclose(cpu.support_logprobs_N, gpu.support_logprobs_N, atol=1e-3)

@@ -1,0 +1,77 @@
+"""Devices are leased between real processes; a process that dies gives its device back."""
+
+from __future__ import annotations
+
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill_assets.foundation.devices import cuda_choices, leased
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from distill_assets.foundation.devices import leased
+with leased(["cuda:0", "cuda:1"], every=sys.argv[2] == "every", folder=Path(sys.argv[1])) as name:
+    print(name, flush=True)
+    time.sleep(60)
+"""
+NAMES = ["cuda:0", "cuda:1"]
+
+
+@contextmanager
+def holder(folder: Path, which: str = "one") -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), which], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def taken_by(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_processes_take_one_device_each_and_give_it_back_when_killed(tmp_path: Path) -> None:
+    with holder(tmp_path) as first:
+        assert taken_by(first) == "cuda:0"
+        with leased(NAMES, folder=tmp_path) as ours:
+            assert ours == "cuda:1"
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        with leased(NAMES, folder=tmp_path) as ours:
+            assert ours == "cuda:0"
+
+
+def test_who_needs_all_devices_waits_for_all(tmp_path: Path) -> None:
+    with holder(tmp_path) as first:
+        assert taken_by(first) == "cuda:0"
+        with holder(tmp_path, "every") as waiting:
+            time.sleep(4.0)
+            assert waiting.poll() is None and not has_spoken(waiting)
+            first.kill()
+            first.wait()
+            assert taken_by(waiting) == "None"
+
+
+def has_spoken(process: subprocess.Popen[str]) -> bool:
+    return bool(select.select([process.stdout], [], [], 0)[0])
+
+
+def test_nothing_is_leased_where_there_is_no_choice(tmp_path: Path) -> None:
+    with leased([], folder=tmp_path / "locks") as ours:
+        assert ours is None
+    assert not (tmp_path / "locks").exists()
+
+
+def test_a_cpu_leaves_no_choice() -> None:
+    assert cuda_choices("cpu") == []

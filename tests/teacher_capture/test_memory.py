@@ -1,0 +1,90 @@
+"""Memory that runs out for real: the address space of a process is limited, and torch's allocator fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+from tests.bench import Bench
+
+MIB = 1 << 20
+CAPTURE = """
+import json, resource, sys
+from pathlib import Path
+from tests.bench import Bench
+from distill_assets.teacher_capture import chunks
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.teacher import load_teacher
+
+root, room, kill_after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+bench = Bench(root)
+load_teacher(bench.spec.weights, "float32", "cpu")
+capture_shard(bench.spec, bench.shards["small"], bench.store, device="cpu", force=True)  # libraries and threads are up
+used = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+notes = set()
+
+def listen(progress):
+    notes.add(progress.note)
+    if kill_after and progress.done >= kill_after:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    shard, options = bench.shards["s0"], {"device": "cpu", "batch_tokens": 8192, "on_progress": listen}
+    report = capture_shard(bench.spec, shard, bench.store, **options)
+    print(json.dumps({"notes": sorted(notes), "path": str(report.capture.path)}))
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+def make(root: Path, teacher: Path) -> Path:
+    tiny.make_home(root, teacher, shards=0, data={"max_length": 256})
+    tiny.write_jsonl(root / "shards" / "small.jsonl", tiny.example_rows(2))
+    rows = [{"text": " ".join(tiny.TEXT[i % 4] for i in range(n, n + 4)) + str(n)} for n in range(110)]
+    tiny.write_jsonl(root / "shards" / "s0.jsonl", rows)
+    return root
+
+
+def capture(root: Path, room: int, kill_after: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CAPTURE, str(root), str(room), str(kill_after)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_passes_are_halved_and_a_killed_run_goes_on_alike(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    # Wide enough that a pass of 8,192 tokens needs some 300 MB: its hidden states alone are 32 MB.
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=2048)
+    room = 220 * MIB
+    whole = capture(make(tmp_path / "whole", teacher), room)
+    answer = json.loads(whole.stdout)
+    assert "error" not in answer, answer
+    notes = [note for note in answer["notes"] if note]
+    assert notes and all(note.startswith("memory ran out: ") for note in notes)
+
+    root = make(tmp_path / "killed", teacher)
+    killed = capture(root, room, kill_after=8_000)
+    assert killed.returncode == -9
+    [journal] = root.rglob("forward_tokens.json")
+    assert json.loads(journal.read_text())["planned"] == 8192
+    again = capture(root, room)
+    left = json.loads(again.stdout)
+    assert "error" not in left, left
+    assert pq.read_table(left["path"]).equals(pq.read_table(answer["path"]))
+    assert not list(root.rglob(".unfinished-*"))
+
+
+def test_a_row_that_does_not_fit_alone_is_one_clear_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=65_536)
+    root = make(tmp_path / "home", teacher)
+    answer = json.loads(capture(root, 40 * MIB).stdout)
+    assert answer["error"].startswith("OutOfMemory: cpu has no memory left for a forward pass of 1 x ")
+    assert "lower data.max_length" in answer["error"]
+    bench = Bench(root)
+    assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
