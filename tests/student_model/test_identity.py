@@ -64,3 +64,15 @@ def test_order_is_not_in_the_id_and_kinds_differ() -> None:
     assert an_id(capture_ids=["c", "c"]) == an_id()
     assert an_id("control") != an_id("student")
     assert len(an_id()) == 16 and int(an_id(), 16) >= 0
+
+
+def test_the_weight_of_tail_samples_is_in_the_id_only_where_there_are_some() -> None:
+    changed = TrainingSettings(tail_sample_weight=1.0)
+    sampled = {"targets": TargetSettings(k=8, tail_samples=4)}
+    assert an_id(training=changed) == an_id()
+    assert an_id(training=changed, **sampled) != an_id(**sampled)
+    assert an_id("control", training=changed, **sampled) == an_id("control")
+
+
+def test_students_of_plain_top_k_keep_the_id_they_always_had() -> None:
+    assert (an_id(), an_id("control")) == ("6bbd6e8deac7cd57", "70e4deb6d8e4511b")
