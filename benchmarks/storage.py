@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from workload import BenchHome, all_targets, arguments, by_turns, real_rows, scratch, show, smollm2
 
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.student_model.batches import collate
 from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
@@ -84,9 +85,10 @@ def narrowed(rows: Sequence[CapturedRow], k: int, min_probability: float = 0.0) 
     return [replace(row, targets=row.targets.narrowed(k, min_probability)) for row in rows]
 
 
-def write(path: Path, rows: Sequence[CapturedRow], precision: str) -> Path:
-    with parquet_writer(path, precision) as writer:
-        writer.write_table(to_arrow(rows, precision))
+def write(path: Path, rows: Sequence[CapturedRow], precision: Literal["compact", "exact"]) -> Path:
+    targets = TargetSettings(precision=precision)
+    with parquet_writer(path, targets) as writer:
+        writer.write_table(to_arrow(rows, targets))
     return path
 
 

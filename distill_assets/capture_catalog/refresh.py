@@ -87,8 +87,8 @@ def refresh_catalog(
         files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
         lineages = read_lineages(students)
         _insert_students(connection, [lineage for lineage in lineages if Path(lineage.folder) not in without])
-        precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
-        connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
+        files = {str(entry.capture.path): entry.capture.identity["targets"] for entry in entries}
+        connection.execute(schema.positions_view(files))
         connection.execute(schema.KEPT_IDS)
         return _report(connection, identity, files_read)
 

@@ -7,9 +7,10 @@ views over the Parquet itself: nothing is stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 TABLES = """
 CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
@@ -41,30 +42,39 @@ CREATE VIEW capture_history AS SELECT * EXCLUDE (current) FROM capture_files WHE
 
 _POSITIONS_FROM_FILES = """
 CREATE VIEW positions AS
-WITH unnested AS (
-    SELECT f.filename AS path, f.row, f.key, f.input_ids,
-           unnest(f.positions) AS position, unnest(f.support_ids) AS support_ids,
-           unnest(f.{column}) AS support, unnest(f.tail_logprob) AS tail_logprob,
-           unnest(f.gold_logprob) AS gold_logprob, unnest(f.entropy) AS entropy
-    FROM read_parquet([{paths}], filename = true, hive_partitioning = false) AS f
-)
-SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids,
-       {logprobs} AS support_logprobs, u.tail_logprob, u.gold_logprob, u.entropy
+WITH unnested AS ({parts})
+SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids, u.support_logprobs,
+       u.weights, u.tail_logprob, u.tail_sample_ids, u.gold_logprob, u.entropy
 FROM unnested AS u JOIN captures AS c USING (path);
+"""
+
+# Files that have the same columns. What their targets have not is null.
+_POSITIONS_OF_LIKE_FILES = """
+    SELECT path, row, key, input_ids, position, support_ids, {logprobs} AS support_logprobs,
+           weights, tail_logprob, tail_sample_ids, gold_logprob, entropy
+    FROM (
+        SELECT f.filename AS path, f.row, f.key, f.input_ids,
+               unnest(f.positions) AS position, unnest(f.support_ids) AS support_ids,
+               unnest(f.{column}) AS support, unnest({weights}) AS weights,
+               unnest(f.tail_logprob) AS tail_logprob, unnest({tail_sample_ids}) AS tail_sample_ids,
+               unnest(f.gold_logprob) AS gold_logprob, unnest(f.entropy) AS entropy
+        FROM read_parquet([{paths}], filename = true, hive_partitioning = false) AS f
+    )
 """
 
 _POSITIONS_OF_NOTHING = """
 CREATE VIEW positions AS
 SELECT NULL::VARCHAR AS shard, NULL::INTEGER AS row, NULL::VARCHAR AS key, NULL::INTEGER AS position,
        NULL::INTEGER AS gold_id, NULL::INTEGER[] AS support_ids, NULL::DOUBLE[] AS support_logprobs,
-       NULL::FLOAT AS tail_logprob, NULL::FLOAT AS gold_logprob, NULL::FLOAT AS entropy
+       NULL::FLOAT[] AS weights, NULL::FLOAT AS tail_logprob, NULL::INTEGER[] AS tail_sample_ids,
+       NULL::FLOAT AS gold_logprob, NULL::FLOAT AS entropy
 WHERE false;
 """
 
 KEPT_IDS = """
 CREATE VIEW kept_ids AS
 SELECT shard, row, position, unnest(range(1, len(support_ids) + 1)) AS rank,
-       unnest(support_ids) AS id, unnest(support_logprobs) AS logprob
+       unnest(support_ids) AS id, unnest(support_logprobs) AS logprob, unnest(weights) AS weight
 FROM positions;
 """
 
@@ -104,11 +114,24 @@ def quoted(path: str) -> str:
     return "'" + path.replace("'", "''") + "'"
 
 
-def positions_view(paths: Sequence[str], precision: str) -> str:
-    """DDL of the `positions` view over these capture files."""
-    if not paths:
+def positions_view(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """DDL of the `positions` view over capture files, by path, with their target settings."""
+    if not files:
         return _POSITIONS_OF_NOTHING
-    return _POSITIONS_FROM_FILES.format(**_SUPPORT[precision], paths=", ".join(map(quoted, paths)))
+    alike: dict[tuple[str, bool, bool], list[str]] = {}
+    for path, targets in sorted(files.items()):
+        columns = (targets["precision"], targets["kind"] != "top_k", bool(targets.get("tail_samples")))
+        alike.setdefault(columns, []).append(quoted(path))
+    parts = [
+        _POSITIONS_OF_LIKE_FILES.format(
+            **_SUPPORT[precision],
+            weights="f.weights" if has_weights else "NULL::FLOAT[][]",
+            tail_sample_ids="f.tail_sample_ids" if has_samples else "NULL::INTEGER[][]",
+            paths=", ".join(paths),
+        )
+        for (precision, has_weights, has_samples), paths in sorted(alike.items())
+    ]
+    return _POSITIONS_FROM_FILES.format(parts="UNION ALL".join(parts))
 
 
 def examples_of_file(precision: str) -> str:

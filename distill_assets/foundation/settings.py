@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from distill_assets.foundation.errors import SettingsError
 
@@ -24,11 +32,17 @@ _YAML_TEXT_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")  # 2e-4: a number 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """A section of the file: immutable, no unknown keys, no silent conversions."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def applies(self, name: str) -> bool:
+        """Whether the key says anything here; one that does not stands as a comment in a written file."""
+        return getattr(self, name) is not None
 
-class TeacherSettings(_Spec):
+
+class TeacherSettings(Spec):
     """The model whose next-token distributions are recorded."""
 
     model: NonEmpty = Field(description="hub id (owner/name) or folder, relative to this file")
@@ -36,7 +50,7 @@ class TeacherSettings(_Spec):
     dtype: Dtype = Field("bfloat16", description="compute dtype; float32 on a CPU, where bfloat16 is slow")
 
 
-class StudentSettings(_Spec):
+class StudentSettings(Spec):
     """Where the student's initial weights come from: exactly one of three."""
 
     model: NonEmpty | None = Field(None, description="hub id or folder of a model to start from")
@@ -66,7 +80,7 @@ class StudentSettings(_Spec):
         return self
 
 
-class TokenizerSettings(_Spec):
+class TokenizerSettings(Spec):
     """Differences between the two tokenizers the user takes on knowingly."""
 
     accept: list[NonEmpty] = Field(
@@ -74,7 +88,7 @@ class TokenizerSettings(_Spec):
     )
 
 
-class DataSettings(_Spec):
+class DataSettings(Spec):
     """Which files are shards, and how their rows become ids and a loss mask."""
 
     shards: NonEmpty = Field("shards/*", description="glob of shard files, relative to this file")
@@ -100,26 +114,76 @@ class DataSettings(_Spec):
         return pattern
 
 
-class TargetSettings(_Spec):
+# The kind of targets a key belongs to; keys that are not here belong to all kinds.
+_ONLY_FOR = {
+    "k": "top_k",
+    "min_probability": "top_k",
+    "tail_samples": "top_k",
+    "samples": "sampled",
+    "tau": "threshold",
+}
+
+
+class TargetSettings(Spec):
     """How much of each next-token distribution is kept."""
 
-    kind: Literal["top_k"] = Field("top_k", description="top_k: the k likeliest ids and the mass of the rest")
-    k: int = Field(64, ge=1, description="most ids kept at a position")
+    kind: Literal["top_k", "sampled", "threshold"] = Field(
+        "top_k",
+        description="top_k: the k likeliest ids and the mass of the rest; sampled: ids drawn from the distribution; "
+        "threshold: all likely ids, some of the others",
+    )
+    k: int = Field(64, ge=1, description="top_k: most ids kept at a position")
     min_probability: float = Field(
-        0.0, ge=0.0, lt=1.0, description="of the k, only ids at least this likely (always the first)"
+        0.0, ge=0.0, lt=1.0, description="top_k: of the k, only ids at least this likely (always the first)"
+    )
+    tail_samples: int = Field(0, ge=0, description="top_k: ids drawn besides from the rest, which unbias the tail")
+    samples: int = Field(50, ge=1, description="sampled: draws at a position, with replacement")
+    tau: float = Field(
+        0.02,
+        ge=1.0e-4,
+        lt=1.0,
+        description="threshold: ids at least this likely are kept; any other with probability p / tau, at weight tau",
     )
     precision: Literal["compact", "exact"] = Field(
         "compact", description="compact: log-probabilities in steps of 1/16 nat; exact: float32"
     )
 
+    @field_validator(*_ONLY_FOR)
+    @classmethod
+    def _belongs_to_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Runs for what the file gives, not for defaults; `kind` is absent where it is itself refused."""
+        own = _ONLY_FOR[str(info.field_name)]
+        if info.data.get("kind", own) != own:
+            raise ValueError(f"belongs to kind {own}, and kind is {info.data['kind']}; remove it")
+        return value
 
-class TrainingSettings(_Spec):
+    def applies(self, name: str) -> bool:
+        return _ONLY_FOR.get(name, self.kind) == self.kind
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether kept ids carry weights of their own, because chance had a part in keeping them."""
+        return self.kind != "top_k"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these targets from others: the keys of their kind, and tail samples where there are some."""
+        values = {name: value for name, value in self.model_dump().items() if self.applies(name)}
+        if not self.tail_samples:
+            values.pop("tail_samples", None)
+        return values
+
+
+class TrainingSettings(Spec):
     """How the student learns. All of it is part of the student's identity."""
 
     objective: Literal["forward_kl"] = Field(
         "forward_kl", description="forward KL on the kept ids with one bucket for the tail"
     )
     kd_weight: float = Field(0.9, ge=0.0, le=1.0, description="weight of distillation; the rest is cross-entropy")
+    tail_sample_weight: float = Field(
+        0.5, ge=0.0, le=1.0, description="with tail_samples: 0 is the bucket alone, 1 no bias and the most variance"
+    )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     learning_rate: float = Field(2.0e-4, gt=0.0, description="peak learning rate of AdamW")
     warmup_ratio: float = Field(0.05, ge=0.0, le=1.0, description="share of the steps spent warming up")
@@ -129,8 +193,12 @@ class TrainingSettings(_Spec):
     freeze_embeddings: bool = Field(False, description="keep input embeddings (and a tied head) as they start")
     seed: int = Field(0, ge=0, description="seed of the row order and of random initial weights")
 
+    def effective(self, targets: TargetSettings) -> dict[str, Any]:
+        """The settings that make a difference to a student of these targets."""
+        return self.model_dump(exclude=set() if targets.tail_samples else {"tail_sample_weight"})
 
-class AutomationSettings(_Spec):
+
+class AutomationSettings(Spec):
     """When Dagster runs by itself. Read when the web UI or daemon starts."""
 
     start: bool = Field(False, description="start the sensor, conditions and schedule without a click")
@@ -138,7 +206,7 @@ class AutomationSettings(_Spec):
     schedule: NonEmpty = Field("0 2 * * *", description="cron expression of the refresh")
 
 
-class Settings(_Spec):
+class Settings(Spec):
     """All of distill.yaml."""
 
     teacher: TeacherSettings

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from distill_assets.foundation.settings import Settings, StudentSettings, TeacherSettings
+from distill_assets.foundation.settings import Settings, Spec, StudentSettings, TeacherSettings
 
 _HEADER = """\
 # What is made. Read afresh by every run: change a line, and only what depends on it is made again.
@@ -31,24 +31,23 @@ def init_text(teacher: str, student: str) -> str:
 def commented_settings(settings: Settings) -> str:
     """YAML that `load_settings` reads back as equal `settings`, each key with its description beside it.
 
-    A key without a value (None) stands as a comment: it shows what could be said there.
+    A key without a value, or of another kind of targets, stands as a comment: it shows what could be said there.
     """
     lines = [_HEADER.rstrip("\n")]
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, Spec):
             lines += ["", f"{name}:  # {_first_sentence(type(value))}", *_section(value)]
         else:
             lines += ["", _entry(name, value, field)]
     return "\n".join(lines) + "\n"
 
 
-def _section(section: BaseModel) -> list[str]:
+def _section(section: Spec) -> list[str]:
     fields = type(section).model_fields
     lines = []
     for name, field in fields.items():
-        value = getattr(section, name)
-        lines.append(f"  {'# ' if value is None else ''}{_entry(name, value, field)}")
+        lines.append(f"  {'' if section.applies(name) else '# '}{_entry(name, getattr(section, name), field)}")
     return lines
 
 

@@ -116,7 +116,7 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
     **MADE_HERE,
     pool=GPU_POOL,
     automation_condition=WHEN_DUE,
-    description="The teacher's top-k log-probabilities of one shard, one Parquet file a shard version. "
+    description="The teacher's sparse next-token distributions of one shard, one Parquet file a shard version. "
     "Rows captured before are copied; the teacher sees only what is new.",
 )
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:

@@ -101,6 +101,7 @@ class StudentSide:
                 self.vocabulary,
                 spec.identity["tokenizer"],
                 [spec.capture_id],
+                spec.targets,
             )
             for kind in self.kinds
         }
@@ -164,6 +165,7 @@ class StudentSide:
             vocabulary=self.vocabulary,
             captures=tuple(UsedCapture(c.shard, c.version, c.capture_id, c.stats.rows) for c in used),
             accepted_differences=tuple(self.pipeline.tokenizer_report().accepted),
+            targets=self.pipeline.spec.targets.identity if kind == "student" else {},
         )
 
     def _initial(self, device: str) -> Any:
@@ -208,8 +210,8 @@ class StudentSide:
             student_id=self.ids["student"],
             control_id=self.ids.get("control"),
             heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
-            targets=spec.targets.model_dump(),
-            training=self.settings.training.model_dump(),
+            targets=spec.targets.identity,
+            training=self.settings.training.effective(spec.targets),
         )
         write_report(evaluation, curves, details, load_tokenizer(spec.teacher), self.report_folder)
 

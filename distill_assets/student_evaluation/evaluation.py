@@ -18,7 +18,7 @@ from distill_assets.student_evaluation.metrics import METRICS
 from distill_assets.student_evaluation.samples import Sample, choose_samples, make_sample
 from distill_assets.student_evaluation.scoring import PositionScores, score_model
 from distill_assets.student_model.vocabulary import StudentVocabulary
-from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,7 @@ def _telling(row: CapturedRow) -> CapturedRow:
     stays_P = np.isfinite(t.support_logprobs_N[t.offsets_P1[:-1]])
     if stays_P.all():
         return row
-    stays_N = np.repeat(stays_P, t.kept_P)
-    targets = SparseTargets(
-        positions_P=t.positions_P[stays_P],
-        offsets_P1=np.concatenate([[0], t.kept_P[stays_P].cumsum()]),
-        support_ids_N=t.support_ids_N[stays_N],
-        support_logprobs_N=t.support_logprobs_N[stays_N],
-        tail_logprob_P=t.tail_logprob_P[stays_P],
-        gold_logprob_P=t.gold_logprob_P[stays_P],
-        entropy_P=t.entropy_P[stays_P],
-    )
-    return replace(row, targets=targets)
+    return replace(row, targets=t.at(stays_P))
 
 
 def _load_and_score(

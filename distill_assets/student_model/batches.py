@@ -1,7 +1,7 @@
 """Which rows make an optimiser step, and how they become tensors.
 
 Legend: B = rows, T = tokens of the longest, N = supervised positions of all rows in row order,
-K = most ids kept at one of them.
+K = most ids kept at one of them, S = most tail samples.
 
 The plan depends on the rows alone, never on device or number of processes: one planned batch is
 one optimiser step, and several processes share it.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 
 IGNORED = -100  # label of a position that is not supervised; the value transformers counts around
 _WINDOW = 64  # batches' worth of shuffled rows sorted by length together: little padding, still mixed
@@ -60,8 +60,9 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     """Right-padded tensors of some rows, the arguments of `DistillationModule.forward`.
 
     `labels` [B, T] already stand where they are predicted: labels[b, t] is token t + 1 at a
-    supervised position t, IGNORED elsewhere. Targets follow the labels in row order and are
-    normalised here; the control's batches have none. No rows (a process whose share of a batch is
+    supervised position t, IGNORED elsewhere. Targets follow the labels in row order: ids with their
+    weights where they have some, else with log-probabilities and tail, normalised here, and tail
+    samples if there are; the control's batches have none. No rows (a process whose share of a batch is
     empty) give one padding token that trains nothing.
     """
     longest = max((len(row.input_ids) for row in rows), default=1)
@@ -75,12 +76,23 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
     batch = {"ids_BT": ids_BT, "labels": labels_BT, "weight_N": _joined(weights, np.zeros(0, np.float32))}
     if with_targets:
-        targets = [row.targets.normalized() for row in rows]
-        k = max((int(part.kept_P.max()) for part in targets), default=1)
-        padded = [part.padded(k) for part in targets]
-        batch["support_ids_NK"] = _joined([ids for ids, _ in padded], np.zeros((0, k), np.int64))
-        batch["support_logprobs_NK"] = _joined([logprobs for _, logprobs in padded], np.zeros((0, k), np.float32))
-        batch["tail_logprob_N"] = _joined([part.tail_logprob_P for part in targets], np.zeros(0, np.float32))
+        batch |= _targets([row.targets.normalized() for row in rows])
+    return batch
+
+
+def _targets(targets: Sequence[SparseTargets]) -> dict[str, Tensor]:
+    k = max((int(part.kept_P.max()) for part in targets), default=1)
+    padded = [part.padded(k) for part in targets]
+    batch = {"support_ids_NK": _joined([ids for ids, _ in padded], np.zeros((0, k), np.int64))}
+    if any(part.weights_N is not None for part in targets):
+        weights = [part.padded_weights(k) for part in targets]
+        return batch | {"support_weights_NK": _joined(weights, np.zeros((0, k), np.float32))}
+    batch["support_logprobs_NK"] = _joined([logprobs for _, logprobs in padded], np.zeros((0, k), np.float32))
+    batch["tail_logprob_N"] = _joined([part.tail_logprob_P for part in targets], np.zeros(0, np.float32))
+    if samples := [part.tail_sample_ids_PS for part in targets if part.tail_sample_ids_PS is not None]:
+        s = max(ids_PS.shape[1] for ids_PS in samples)
+        wide = [np.pad(ids_PS, ((0, 0), (0, s - ids_PS.shape[1])), constant_values=-1) for ids_PS in samples]
+        batch["tail_sample_ids_NS"] = _joined(wide, np.zeros((0, s), np.int32)).long()
     return batch
 
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable
 from typing import Literal, Protocol
 
 from distill_assets.foundation.fingerprints import digest
-from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.foundation.settings import TargetSettings, TrainingSettings
 from distill_assets.student_model.vocabulary import StudentVocabulary
 
 StudentKind = Literal["student", "control"]
 
 RECIPE = 1  # raised when the same settings come to mean other arithmetic
-_TARGETS_ONLY = {"objective", "kd_weight"}  # training settings without effect on hard labels
+_TARGETS_ONLY = {"objective", "kd_weight", "tail_sample_weight"}  # training settings without effect on hard labels
 
 
 class WeightedRow(Protocol):
@@ -33,21 +33,24 @@ def student_id(
     vocabulary: StudentVocabulary,
     tokenizer: str,
     capture_ids: Collection[str],
+    targets: TargetSettings,
 ) -> str:
     """16 hexadecimal digits: rows with weights (in any order), settings, initial weights, and so on.
 
     `initial_weights` is `initial_weights_fingerprint`'s answer, `tokenizer` the fingerprint of the
-    tokenizer the student is saved with, `capture_ids` the captures whose targets are learnt from.
+    tokenizer the student is saved with, `capture_ids` the captures whose targets are learnt from;
+    `targets` says which training settings make a difference.
     A control is the same whatever the targets, so its id leaves captures and objective out.
     """
     control = kind == "control"
+    learning = training.effective(targets)
     return digest(
         {
             "recipe": RECIPE,
             "kind": kind,
             "rows": sorted([row.key, row.weight] for row in rows),
             "validation": sorted([row.key, row.weight] for row in validation),
-            "training": training.model_dump(exclude=_TARGETS_ONLY if control else None),
+            "training": {n: v for n, v in learning.items() if not control or n not in _TARGETS_ONLY},
             "initial_weights": initial_weights,
             "vocabulary": [vocabulary.n_real, list(vocabulary.unused)],
             "tokenizer": tokenizer,

@@ -1,7 +1,7 @@
 """Student and loss in one module, so that the loss is computed inside the wrapped forward.
 
 Legend: B = rows, T = tokens, D = width, N = supervised positions, V = real vocabulary ids,
-K = most ids kept.
+K = most ids kept, S = tail samples.
 
 The head is computed only at supervised positions and HEAD_ROWS of them at a time, each chunk's
 gradient together with its loss, so that no [B, T, V] tensor exists and no chunk is computed twice.
@@ -18,24 +18,28 @@ from transformers import PreTrainedModel
 
 from distill_assets.foundation.language_model import HEAD_ROWS, hidden_states, real_logits
 from distill_assets.student_model.batches import IGNORED
-from distill_assets.student_model.losses import cross_entropy, forward_kl_tail_bucket
+from distill_assets.student_model.losses import cross_entropy, forward_kl_tail_bucket, weighted_cross_entropy
 from distill_assets.student_model.vocabulary import StudentVocabulary
 
 
 class DistillationModule(nn.Module):
     """A student that returns its loss on a collated batch.
 
-    `kd_weight` weighs the divergence from the teacher, 1 - kd_weight the cross-entropy on the
-    gold token; the control has kd_weight 0 and batches without targets.
+    `kd_weight` weighs the distillation loss, 1 - kd_weight the cross-entropy on the gold token; the
+    control has kd_weight 0 and batches without targets. `tail_sample_weight` weighs tail samples
+    against the tail's bucket.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass the number of supervised positions of the whole step
 
-    def __init__(self, model: PreTrainedModel, vocabulary: StudentVocabulary, kd_weight: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: StudentVocabulary, kd_weight: float, tail_sample_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.n_real = vocabulary.n_real
         self.kd_weight = kd_weight
+        self.tail_sample_weight = tail_sample_weight
         self.register_buffer("unused", torch.tensor(vocabulary.unused, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -45,7 +49,9 @@ class DistillationModule(nn.Module):
         weight_N: Tensor,
         support_ids_NK: Tensor | None = None,
         support_logprobs_NK: Tensor | None = None,
+        support_weights_NK: Tensor | None = None,
         tail_logprob_N: Tensor | None = None,
+        tail_sample_ids_NS: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """`loss` to call backward on, and its parts `kd` and `ce`, detached, in nats a position.
@@ -57,7 +63,7 @@ class DistillationModule(nn.Module):
         supervised_BT = labels != IGNORED
         hidden_BTD = hidden_states(self.model, ids_BT)
         hidden_ND, gold_N = hidden_BTD[supervised_BT], labels[supervised_BT]
-        targets = (support_ids_NK, support_logprobs_NK, tail_logprob_N)
+        targets = (support_ids_NK, support_logprobs_NK, support_weights_NK, tail_logprob_N, tail_sample_ids_NS)
 
         def chunk_losses(hidden_CD: Tensor, start: int) -> tuple[Tensor, Tensor]:
             part = slice(start, start + len(hidden_CD))
@@ -71,7 +77,7 @@ class DistillationModule(nn.Module):
         return {"loss": loss / items, "kd": kd / items, "ce": ce / items}
 
     def _mixture(self, with_targets: bool) -> tuple[float, float]:
-        """Weights of divergence and cross-entropy in the loss."""
+        """Weights of distillation loss and cross-entropy in the loss."""
         return (self.kd_weight, 1.0 - self.kd_weight) if with_targets else (0.0, 1.0)
 
     def _chunk_losses(
@@ -81,14 +87,28 @@ class DistillationModule(nn.Module):
         weight_N: Tensor,
         support_ids_NK: Tensor | None,
         support_logprobs_NK: Tensor | None,
+        support_weights_NK: Tensor | None,
         tail_logprob_N: Tensor | None,
+        tail_sample_ids_NS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sums of divergence and cross-entropy over one chunk of rows."""
+        """Weighted sums of distillation loss and cross-entropy over one chunk of rows.
+
+        Ids with weights are learnt by their weights alone, others with their tail.
+        """
         logits_NV = real_logits(self.model, hidden_ND, self.n_real, self.get_buffer("unused"))
         ce = (weight_N * cross_entropy(logits_NV, gold_N)).sum()
         kd = torch.zeros_like(ce)
-        if support_ids_NK is not None and support_logprobs_NK is not None and tail_logprob_N is not None:
-            kl_N = forward_kl_tail_bucket(logits_NV, support_ids_NK, support_logprobs_NK, tail_logprob_N)
+        if support_ids_NK is not None and support_weights_NK is not None:
+            kd = (weight_N * weighted_cross_entropy(logits_NV, support_ids_NK, support_weights_NK)).sum()
+        elif support_ids_NK is not None and support_logprobs_NK is not None and tail_logprob_N is not None:
+            kl_N = forward_kl_tail_bucket(
+                logits_NV,
+                support_ids_NK,
+                support_logprobs_NK,
+                tail_logprob_N,
+                tail_sample_ids_NS,
+                self.tail_sample_weight,
+            )
             kd = (weight_N * kl_N).sum()
         return kd, ce
 
@@ -109,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         *head: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(mixed loss, divergence, cross-entropy), sums in float32; only the first has a gradient."""
+        """(mixed loss, distillation loss, cross-entropy), sums in float32; only the first has a gradient."""
         kd_sum, ce_sum = torch.zeros(2, dtype=torch.float32, device=hidden_ND.device).unbind()
         needs_gradient = any(ctx.needs_input_grad)
         hidden_gradient_ND = torch.zeros_like(hidden_ND)
@@ -136,7 +156,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def mean_losses(module: DistillationModule, batches: Iterable[dict[str, Tensor]]) -> tuple[float, float]:
-    """Mean divergence and cross-entropy a position over all batches, in evaluation mode, nats."""
+    """Mean distillation loss and cross-entropy a position over all batches, in evaluation mode, nats."""
     was_training = module.training
     module.eval()
     kd = ce = 0.0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,10 @@ class UsedCapture:
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What a student is to be; `student_id` names it. `teacher` is the name the user wrote."""
+    """What a student is to be; `student_id` names it. `teacher` is the name the user wrote.
+
+    `targets` are the target settings of the captures it learns from; a control has none.
+    """
 
     student_id: str
     kind: StudentKind
@@ -45,6 +49,7 @@ class StudentSpec:
     vocabulary: StudentVocabulary
     captures: tuple[UsedCapture, ...]
     accepted_differences: tuple[str, ...] = ()
+    targets: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,11 @@ def _model_card(record: StudentRecord) -> str:
     spec, report, training = record.spec, record.report, record.spec.training
     last = report.curve[-1]
     if spec.kind == "student":
+        # What was drawn gives the gradient of a divergence, but not its value.
+        by_chance = spec.targets.get("kind", "top_k") != "top_k"
         goal = (
-            f"{training.kd_weight:g} x {training.objective} against the captured next-token distributions of "
-            f"{spec.teacher} + {1 - training.kd_weight:g} x cross-entropy"
+            f"{training.kd_weight:g} x {'weighted cross-entropy' if by_chance else training.objective} against the "
+            f"captured next-token distributions of {spec.teacher} + {1 - training.kd_weight:g} x cross-entropy"
         )
     else:
         goal = f"cross-entropy on the tokens alone: the control of a student distilled from {spec.teacher}"

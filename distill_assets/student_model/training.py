@@ -69,7 +69,8 @@ def train_student(
     if spec.training.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     with_targets = spec.kind == "student"
-    module = DistillationModule(model, spec.vocabulary, spec.training.kd_weight if with_targets else 0.0)
+    kd_weight = spec.training.kd_weight if with_targets else 0.0
+    module = DistillationModule(model, spec.vocabulary, kd_weight, spec.training.tail_sample_weight)
     plan = plan_batches(
         [len(row.input_ids) for row in train_rows],
         spec.training.batch_tokens,

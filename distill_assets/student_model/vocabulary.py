@@ -71,7 +71,8 @@ def fit_rows(
     """Rows whose targets lie in `vocabulary` and whose tokens lie below `n_embeddings`, in order.
 
     A row that already does is handed on as it is. Log-probabilities stay as stored; a reader's
-    log-sum-exp over what is left renormalises them.
+    log-sum-exp over what is left renormalises them. Weights of what is left grow to the sum that
+    all had; tail samples that are not in `vocabulary` are left out.
     """
     fitted: list[CapturedRow] = []
     dropped = cut = 0
@@ -98,7 +99,9 @@ def fit_rows(
 
 
 def _mentioned(row: CapturedRow) -> NDArray[np.int32]:
-    return np.concatenate([row.targets.support_ids_N, row.input_ids[row.targets.positions_P + 1]])
+    targets = row.targets
+    drawn = [] if targets.tail_sample_ids_PS is None else [targets.tail_sample_ids_M]
+    return np.concatenate([targets.support_ids_N, row.input_ids[targets.positions_P + 1], *drawn])
 
 
 def _fit(row: CapturedRow, vocabulary: StudentVocabulary, n_embeddings: int) -> CapturedRow:
@@ -107,32 +110,45 @@ def _fit(row: CapturedRow, vocabulary: StudentVocabulary, n_embeddings: int) -> 
     targets = row.targets
     gold_P = row.input_ids[targets.positions_P + 1]
     stays_P = (targets.positions_P < length - 1) & vocabulary.has(gold_P)
-    return replace(row, input_ids=row.input_ids[:length], targets=_take(targets, stays_P, vocabulary))
+    return replace(row, input_ids=row.input_ids[:length], targets=_within(vocabulary, targets.at(stays_P)))
 
 
-def _take(targets: SparseTargets, stays_P: NDArray[np.bool_], vocabulary: StudentVocabulary) -> SparseTargets:
-    """The positions in `stays_P` with only the ids of `vocabulary`.
+def _within(vocabulary: StudentVocabulary, targets: SparseTargets) -> SparseTargets:
+    """`targets` with only the ids of `vocabulary`.
 
     A position left without any id keeps one slot of log-probability -inf and all its mass in the
     tail: the teacher says nothing there but "one of your ids", which costs every student nothing.
     """
+    if not targets.n_positions:
+        return targets
     has_N = vocabulary.has(targets.support_ids_N)
     left_P = np.add.reduceat(has_N.astype(np.int64), targets.offsets_P1[:-1])
     emptied_P = left_P == 0
-    stays_N = np.repeat(stays_P, targets.kept_P) & has_N
-    stays_N[targets.offsets_P1[:-1][stays_P & emptied_P]] = True
+    stays_N = has_N.copy()
+    stays_N[targets.offsets_P1[:-1][emptied_P]] = True
     logprobs_N = np.where(has_N, targets.support_logprobs_N, np.float32(-np.inf))
     tail_P = np.where(emptied_P, np.float32(0.0), targets.tail_logprob_P)
     tail_P = np.where(left_P == vocabulary.size, np.float32(-np.inf), tail_P)  # no id of the student is outside
-    return SparseTargets(
-        positions_P=targets.positions_P[stays_P],
-        offsets_P1=np.concatenate([[0], np.maximum(left_P, 1)[stays_P].cumsum()]).astype(np.int64),
+    weights_N, drawn_PS = targets.weights_N, targets.tail_sample_ids_PS
+    return replace(
+        targets,
+        offsets_P1=np.concatenate([[0], np.maximum(left_P, 1).cumsum()]).astype(np.int64),
         support_ids_N=targets.support_ids_N[stays_N],
         support_logprobs_N=logprobs_N[stays_N],
-        tail_logprob_P=tail_P[stays_P],
-        gold_logprob_P=targets.gold_logprob_P[stays_P],
-        entropy_P=targets.entropy_P[stays_P],
+        tail_logprob_P=tail_P,
+        weights_N=None if weights_N is None else _regrown(weights_N, has_N, targets.offsets_P1)[stays_N],
+        tail_sample_ids_PS=None if drawn_PS is None else np.where(vocabulary.has(drawn_PS), drawn_PS, np.int32(-1)),
     )
+
+
+def _regrown(
+    weights_N: NDArray[np.float32], has_N: NDArray[np.bool_], offsets_P1: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Weights, 0 outside `has_N`, with the sum of each position as it was; all 0 where none is left."""
+    left_N = np.where(has_N, weights_N, 0.0).astype(np.float64)
+    left_P = np.add.reduceat(left_N, offsets_P1[:-1])
+    growth_P = np.add.reduceat(weights_N, offsets_P1[:-1]) / np.where(left_P > 0, left_P, 1.0)
+    return (left_N * np.repeat(growth_P, np.diff(offsets_P1))).astype(np.float32)
 
 
 def _lost_mass(row: CapturedRow, fitted: CapturedRow) -> float:

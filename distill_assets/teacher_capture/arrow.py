@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.sparse_targets import (
     CapturedRow,
     SparseTargets,
@@ -26,13 +27,18 @@ _PER_POSITION = ("tail_logprob", "gold_logprob", "entropy")
 POSITION_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
-def capture_schema(precision: str) -> pa.Schema:
-    """Columns of a capture file; `support_q` for compact precision, `support_logprobs` for exact."""
+def capture_schema(targets: TargetSettings) -> pa.Schema:
+    """Columns of a capture file; `support_q` for compact precision, `support_logprobs` for exact.
+
+    `weights` and `tail_sample_ids` exist only where these targets have them.
+    """
     support = (
         ("support_q", pa.list_(pa.list_(pa.uint8())))
-        if precision == "compact"
+        if targets.precision == "compact"
         else ("support_logprobs", pa.list_(pa.list_(pa.float32())))
     )
+    weights = [("weights", pa.list_(pa.list_(pa.float32())))] if targets.has_weights else []
+    tail_samples = [("tail_sample_ids", pa.list_(pa.list_(pa.int32())))] if targets.tail_samples else []
     return pa.schema(
         [
             pa.field("row", pa.int32(), nullable=False),
@@ -43,30 +49,33 @@ def capture_schema(precision: str) -> pa.Schema:
             ("positions", pa.list_(pa.int32())),
             ("support_ids", pa.list_(pa.list_(pa.int32()))),
             support,
+            *weights,
+            *tail_samples,
             *[(name, pa.list_(pa.float16())) for name in _PER_POSITION],
             ("truncated", pa.bool_()),
         ]
     )
 
 
-def parquet_writer(path: Path, precision: str, level: int = 17) -> pq.ParquetWriter:
+def parquet_writer(path: Path, targets: TargetSettings, level: int = 17) -> pq.ParquetWriter:
     """A writer of capture files. `level` of zstd: 1 for what is soon read and removed.
 
     Encodings are those that came out smallest on real text (benchmarks/storage.py). Splitting ids into their
     bytes gives zstd what bit-packed dictionary indices hide from it: high bytes that repeat.
     """
-    leaf = "list.element.list.element"
-    support = "support_q" if precision == "compact" else "support_logprobs"
-    split = [f"support_ids.{leaf}", f"{support}.{leaf}"]
-    numbers = [f"{name}.list.element" for name in _PER_POSITION]
+    schema = capture_schema(targets)
+    split = {"support_ids", "support_q", "support_logprobs", "tail_sample_ids"}.intersection(schema.names)
+    compact = targets.precision == "compact"  # then few different values
+    numbers = [f"{name}.list.element" for name in (*_PER_POSITION, "input_ids") if compact or name == "input_ids"]
+    weights = ["weights.list.element.list.element"] if targets.has_weights else []
     return pq.ParquetWriter(
         path,
-        capture_schema(precision),
+        schema,
         compression="zstd",
         compression_level=level,
         write_page_checksum=True,
-        use_dictionary=["key", "id", "input_ids.list.element", *(numbers if precision == "compact" else ())],
-        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        use_dictionary=["key", "id", *numbers, *weights],
+        column_encoding={f"{name}.list.element.list.element": "BYTE_STREAM_SPLIT" for name in sorted(split)},
     )
 
 
@@ -75,24 +84,29 @@ def _lists(values: pa.Array, lengths: Sequence[int] | NDArray[np.int64]) -> pa.L
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def to_arrow(rows: Sequence[CapturedRow], precision: str) -> pa.Table:
-    """Rows as one table. A position without a tail has a null in `tail_logprob`."""
-    schema = capture_schema(precision)
+def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings) -> pa.Table:
+    """Rows as one table. A position without a tail has a null in `tail_logprob` and no tail samples."""
+    schema = capture_schema(settings)
     targets = [row.targets for row in rows]
     positions = [t.n_positions for t in targets]
-    kept_P = np.concatenate([t.kept_P for t in targets]) if rows else np.zeros(0, dtype=np.int64)
 
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([getattr(t, name) for t in targets]).astype(dtype) if rows else np.zeros(0, dtype=dtype)
 
+    kept_P = joined("kept_P", np.int64)
     logprobs_N = joined("support_logprobs_N", np.float32)
-    support = pa.array(encode_logprobs(logprobs_N) if precision == "compact" else logprobs_N)
+    compact = settings.precision == "compact"
+    support = pa.array(encode_logprobs(logprobs_N) if compact else logprobs_N)
+    drawn = []
+    if settings.has_weights:
+        drawn.append(_lists(_lists(pa.array(joined("weights_N", np.float32)), kept_P), positions))
+    if settings.tail_samples:
+        sample_ids_M = joined("tail_sample_ids_M", np.int32)
+        drawn.append(_lists(_lists(pa.array(sample_ids_M), joined("tail_samples_P", np.int64)), positions))
 
     def rounded(name: str) -> NDArray[np.float16]:
         values = joined(name, np.float32)
-        return (np.rint(values * POSITION_STEPS) / POSITION_STEPS if precision == "compact" else values).astype(
-            np.float16
-        )
+        return (np.rint(values * POSITION_STEPS) / POSITION_STEPS if compact else values).astype(np.float16)
 
     tail_P = rounded("tail_logprob_P")
     per_position = {
@@ -110,6 +124,7 @@ def to_arrow(rows: Sequence[CapturedRow], precision: str) -> pa.Table:
         _lists(pa.array(joined("positions_P", np.int32)), positions),
         _lists(_lists(pa.array(joined("support_ids_N", np.int32)), kept_P), positions),
         _lists(_lists(support, kept_P), positions),
+        *drawn,
         *[_lists(per_position[name], positions) for name in _PER_POSITION],
         pa.array([row.truncated for row in rows], pa.bool_()),
     ]
@@ -125,18 +140,33 @@ def _split(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     return offsets - offsets[0], array.flatten()
 
 
+def _split_lists(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Offsets of the positions' lists, from 0, and flat values of a column of lists of lists."""
+    _, lists = _split(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], lists.flatten().to_numpy()
+
+
+def _padded_ids(offsets_P1: NDArray[np.int64], ids_M: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The lists as rows [P, longest], -1 where a list has ended."""
+    lengths_P = np.diff(offsets_P1)
+    filled_PS = np.arange(lengths_P.max(initial=0)) < lengths_P[:, None]
+    ids_PS = np.full(filled_PS.shape, -1, dtype=np.int32)
+    ids_PS[filled_PS] = ids_M
+    return ids_PS
+
+
 def from_arrow(table: pa.Table) -> list[CapturedRow]:
     """Rows as they were stored: log-probabilities decoded, not normalised."""
     ids_offsets, ids = _split(table["input_ids"])
     row_offsets, positions = _split(table["positions"])
-    _, support_ids_lists = _split(table["support_ids"])
-    kept_offsets = support_ids_lists.offsets.to_numpy().astype(np.int64)
-    kept_offsets = kept_offsets - kept_offsets[0]
-    support_ids = support_ids_lists.flatten().to_numpy()
+    kept_offsets, support_ids = _split_lists(table["support_ids"])
     if "support_q" in table.column_names:
-        logprobs = decode_logprobs(_split(table["support_q"])[1].flatten().to_numpy())
+        logprobs = decode_logprobs(_split_lists(table["support_q"])[1])
     else:
-        logprobs = _split(table["support_logprobs"])[1].flatten().to_numpy()
+        logprobs = _split_lists(table["support_logprobs"])[1]
+    weights = _split_lists(table["weights"])[1] if "weights" in table.column_names else None
+    samples = _padded_ids(*_split_lists(table["tail_sample_ids"])) if "tail_sample_ids" in table.column_names else None
 
     def floats(name: str) -> NDArray[np.float32]:
         return _split(table[name])[1].cast(pa.float32()).fill_null(-np.inf).to_numpy(zero_copy_only=False)
@@ -157,6 +187,8 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
             tail_logprob_P=tail[part],
             gold_logprob_P=gold[part],
             entropy_P=entropy[part],
+            weights_N=None if weights is None else weights[kept],
+            tail_sample_ids_PS=None if samples is None else samples[part],
         )
         rows.append(CapturedRow(input_ids=ids[ids_offsets[i] : ids_offsets[i + 1]], targets=targets, **values))
     return rows

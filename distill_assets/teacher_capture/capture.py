@@ -110,7 +110,7 @@ def _capture(
     encoded = encode_shard(shard, spec.encoder)
     planned = batch_tokens or forward_batch_tokens(resolve_device(device))
     chunks = plan_chunks(encoded.rows, planned)
-    finished = ChunkFolder(store.unfinished(*name), spec.targets.precision)
+    finished = ChunkFolder(store.unfinished(*name), spec.targets)
     if force:
         finished.clear()
     before = _Before(spec, store, finished, force)
@@ -118,7 +118,7 @@ def _capture(
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
     meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
     with (
-        store.publishing(*name, spec.targets.precision) as file,
+        store.publishing(*name, spec.targets) as file,
         ExitStack() as turn,
         ChunkWriter(finished, file, chunks) as writer,
     ):
@@ -143,7 +143,7 @@ def _capture(
                 rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
                 tokens = sum(len(row.input_ids) for row in fresh)
                 cost = Cost(len(fresh), tokens, time.monotonic() - began)
-                writer.write(chunk, rows, spec.targets.precision, cost, derived_from)
+                writer.write(chunk, rows, cost, derived_from)
         writer.finish_all()
         footer = _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)}
         file.describe(footer, total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target))

@@ -25,6 +25,7 @@ from distill_assets.dataset_shards.encode import EncodedRow
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats
@@ -158,9 +159,9 @@ def derived_sources(file: Path) -> list[str]:
 class ChunkFolder:
     """The finished chunks of one shard version under one capture identity."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, targets: TargetSettings) -> None:
         self.folder = folder
-        self._precision = precision
+        self.targets = targets
 
     def _file(self, chunk: Chunk) -> Path:
         return self.folder / f"{chunk.start:09d}.parquet"
@@ -183,10 +184,7 @@ class ChunkFolder:
 
     def write(self, chunk: Chunk, table: pa.Table, figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
-        with (
-            replacing(self._file(chunk)) as beside,
-            parquet_writer(beside, self._precision, _FAST) as writer,
-        ):
+        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self.targets, _FAST) as writer:
             writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
@@ -246,18 +244,14 @@ class ChunkWriter:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def write(
-        self, chunk: Chunk, rows: Sequence[CapturedRow], precision: str, cost: Cost, derived_from: Collection[str]
-    ) -> None:
+    def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
         """Have a chunk written; waits while there is another one in hand."""
         self._wait()
         self._keys = frozenset(row.key for row in rows)
-        self._writing = self._thread.submit(self._write, chunk, rows, precision, cost, derived_from)
+        self._writing = self._thread.submit(self._write, chunk, rows, cost, derived_from)
 
-    def _write(
-        self, chunk: Chunk, rows: Sequence[CapturedRow], precision: str, cost: Cost, derived_from: Collection[str]
-    ) -> None:
-        table = to_arrow(rows, precision)
+    def _write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
+        table = to_arrow(rows, self._folder.targets)
         self._folder.write(chunk, table, Figures.of(rows, cost), derived_from)
         self._append_up_to(chunk)
         self._ahead.popleft()

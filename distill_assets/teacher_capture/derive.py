@@ -1,7 +1,8 @@
 """Targets that stored ones can serve: fewer ids of each position, without the teacher.
 
 A capture that kept the k likeliest ids holds the k' < k likeliest too, and those above a higher
-probability; the mass of what is dropped joins the tail. From a compact capture the threshold is
+probability; the mass of what is dropped joins the tail. Tail samples were drawn outside one support and
+cannot stand for another. From a compact capture the threshold is
 met on rounded log-probabilities, so ids within 1/32 nat of it may fall on either side.
 """
 
@@ -21,6 +22,8 @@ def can_serve(stored: Mapping[str, Any], wanted: TargetSettings) -> bool:
     """Whether captures with the target settings `stored` hold all that `wanted` asks for."""
     return (
         stored["kind"] == wanted.kind == "top_k"
+        and not stored.get("tail_samples")
+        and not wanted.tail_samples
         and stored["k"] >= wanted.k
         and stored["min_probability"] <= wanted.min_probability
         and stored["precision"] in ("exact", wanted.precision)

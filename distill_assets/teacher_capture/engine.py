@@ -1,7 +1,7 @@
 """Rows in, sparse targets out: length-sorted batches through the teacher, head only where needed.
 
 Legend: B = batch, T = tokens of a row, D = width, N = supervised positions of a batch,
-K = most ids kept.
+K = most ids kept, S = draws at a position.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from distill_assets.foundation.devices import is_out_of_memory
 from distill_assets.foundation.errors import CaptureError, OutOfMemory
 from distill_assets.foundation.language_model import hidden_states
 from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture.drawn_targets import drawn_targets
+from distill_assets.teacher_capture.draws import draws_per_position, row_bits
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
-from distill_assets.teacher_capture.teacher import Teacher
+from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 from distill_assets.teacher_capture.top_k import MOST_ROWS, top_k_targets
 
 
@@ -127,13 +129,18 @@ def _run_batch(
     hidden_ND = hidden_BTD[row_N.to(device), position_N.to(device)]
     del hidden_BTD
     gold_N = ids_BT[row_N, position_N + 1].to(device)
-    parts = [
-        top_k_targets(teacher, hidden_CD, gold_C, targets)
-        for hidden_CD, gold_C in zip(hidden_ND.split(MOST_ROWS), gold_N.split(MOST_ROWS), strict=True)
-    ]
-    columns = {
-        field.name: _to_host(torch.cat([getattr(part, field.name) for part in parts])) for field in fields(parts[0])
-    }
+    parts: list[ScoredPositions]
+    if draws_per_position(targets):
+        bits = [row_bits(row.key, targets, len(row_P)) for row, row_P in zip(rows, positions, strict=True)]
+        bits_NS = torch.from_numpy(np.concatenate(bits)).to(device)
+        parts = list(drawn_targets(teacher, hidden_ND, gold_N, targets, bits_NS))
+    else:
+        parts = [
+            top_k_targets(teacher, hidden_CD, gold_C, targets)
+            for hidden_CD, gold_C in zip(hidden_ND.split(MOST_ROWS), gold_N.split(MOST_ROWS), strict=True)
+        ]
+    names = [field.name for field in fields(ScoredPositions) if getattr(parts[0], field.name) is not None]
+    columns = {name: _to_host(torch.cat([getattr(part, name) for part in parts])) for name in names}
     copied = None
     if device.type == "cuda":
         copied = torch.cuda.Event()
@@ -155,6 +162,7 @@ def _to_rows(
     host = {name: column.numpy() for name, column in columns.items()}
     ids_NK, logprobs_NK, keep_NK = host["ids_NK"], host["logprobs_NK"], host["keep_NK"]
     tail_N, gold_N, entropy_N = host["tail_logprob_N"], host["gold_logprob_N"], host["entropy_N"]
+    weights_NK, tail_ids_NS = host.get("weights_NK"), host.get("tail_sample_ids_NS")
     out: list[SparseTargets] = []
     start = 0
     for row, positions_P in zip(rows, positions, strict=True):
@@ -176,6 +184,8 @@ def _to_rows(
                 tail_logprob_P=tail_N[part],
                 gold_logprob_P=gold_N[part],
                 entropy_P=entropy_N[part],
+                weights_N=None if weights_NK is None else weights_NK[part][kept_PK],
+                tail_sample_ids_PS=None if tail_ids_NS is None else tail_ids_NS[part].astype(np.int32),
             )
         )
     return out

@@ -52,7 +52,7 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
     tokenizer = load_tokenizer(teacher)
     n_real = real_vocabulary_size(tokenizer)
     n_ids = n_real - len(unused_ids(tokenizer))
-    if settings.targets.k > n_ids:
+    if settings.targets.applies("k") and settings.targets.k > n_ids:
         raise SettingsError(
             f"{home.settings_file}: targets.k is {settings.targets.k}, but {teacher.name} has only {n_ids} token ids; "
             f"use at most {n_ids}"
@@ -69,7 +69,7 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
         "weights": weights.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "encode": encoder.identity,
-        "targets": settings.targets.model_dump(),
+        "targets": settings.targets.identity,
         "dtype": settings.teacher.dtype,
     }
     return CaptureSpec(weights=weights, encoder=encoder, targets=settings.targets, identity=identity)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import Capture, read_rows
@@ -20,15 +21,27 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     Log-probabilities are as stored. Positions that were not scored, and the last, are `[]` (null
     in the lists of one number a position). `id` and `weight` are written where a row has one; a
     weight of 1 is left out. One shard is in memory at a time; the file appears whole
-    or not at all. Returns the number of rows written.
+    or not at all. Returns the number of rows written. Raises CaptureError for captures of anything but
+    plain top_k: what was drawn would read there as if it were the teacher's likeliest ids.
     """
     rows = 0
     with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
         for capture in captures:
+            _require_plain(capture)
             for row in read_rows(capture.path):
                 stream.write(json.dumps(_as_object(row), ensure_ascii=False, separators=(",", ":")) + "\n")
                 rows += 1
     return rows
+
+
+def _require_plain(capture: Capture) -> None:
+    targets = capture.identity["targets"]
+    if targets["kind"] != "top_k" or targets.get("tail_samples"):
+        kept = "tail samples" if targets["kind"] == "top_k" else f"targets of kind {targets['kind']}"
+        raise CaptureError(
+            f"shard {capture.shard} was captured with {kept}, which JSONL has no place for; read its Parquet file "
+            "instead, or capture it with plain targets.kind: top_k"
+        )
 
 
 def _as_object(row: CapturedRow) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sparse next-token distributions: some ids with their log-probabilities, and the mass of the rest.
 
 Legend: P = supervised positions of a row, K = most ids kept at a position, N = ids kept in the
-whole row (ragged: position p owns `offsets_P1[p]:offsets_P1[p + 1]`).
+whole row (ragged: position p owns `offsets_P1[p]:offsets_P1[p + 1]`), S = most tail samples of one.
 
 Position t holds the teacher's distribution of token t + 1 given tokens <= t.
 """
@@ -20,7 +20,11 @@ LOGPROB_STEP = 1 / 16  # nats a step of the compact code; a byte reaches down to
 class SparseTargets:
     """The targets of one row. Log-probabilities are natural, raw (T = 1), descending in a position.
 
-    `tail_logprob_P` is the log of the mass outside the kept ids, -inf where nothing is outside.
+    Kept ids are unique in a position and the first is the teacher's likeliest. `tail_logprob_P` is
+    the log of the mass outside the kept ids, -inf where nothing is outside. `weights_N` says what
+    a kept id counts in training where chance had a part in keeping it; None where it counts what it
+    is likely. `tail_sample_ids_PS` are ids drawn from the tail, -1 where there is none; None
+    where no such ids were asked for.
     """
 
     positions_P: NDArray[np.int32]
@@ -30,6 +34,8 @@ class SparseTargets:
     tail_logprob_P: NDArray[np.float32]
     gold_logprob_P: NDArray[np.float32]
     entropy_P: NDArray[np.float32]
+    weights_N: NDArray[np.float32] | None = None
+    tail_sample_ids_PS: NDArray[np.int32] | None = None
 
     @property
     def n_positions(self) -> int:
@@ -39,6 +45,36 @@ class SparseTargets:
     def kept_P(self) -> NDArray[np.int64]:
         """Ids kept at each position."""
         return np.diff(self.offsets_P1)
+
+    @property
+    def tail_samples_P(self) -> NDArray[np.int64]:
+        """Tail samples of each position; of targets that have them."""
+        return (self._tail_sample_ids_PS >= 0).sum(-1, dtype=np.int64)
+
+    @property
+    def tail_sample_ids_M(self) -> NDArray[np.int32]:
+        """Tail samples of all positions, one after another; of targets that have them."""
+        return self._tail_sample_ids_PS[self._tail_sample_ids_PS >= 0]
+
+    @property
+    def _tail_sample_ids_PS(self) -> NDArray[np.int32]:
+        assert self.tail_sample_ids_PS is not None
+        return self.tail_sample_ids_PS
+
+    def at(self, stays_P: NDArray[np.bool_]) -> SparseTargets:
+        """The targets of the positions marked."""
+        stays_N = np.repeat(stays_P, self.kept_P)
+        return SparseTargets(
+            positions_P=self.positions_P[stays_P],
+            offsets_P1=np.concatenate([[0], self.kept_P[stays_P].cumsum()]).astype(np.int64),
+            support_ids_N=self.support_ids_N[stays_N],
+            support_logprobs_N=self.support_logprobs_N[stays_N],
+            tail_logprob_P=self.tail_logprob_P[stays_P],
+            gold_logprob_P=self.gold_logprob_P[stays_P],
+            entropy_P=self.entropy_P[stays_P],
+            weights_N=None if self.weights_N is None else self.weights_N[stays_N],
+            tail_sample_ids_PS=None if self.tail_sample_ids_PS is None else self.tail_sample_ids_PS[stays_P],
+        )
 
     def log_total_mass_P(self) -> NDArray[np.float32]:
         """log of support mass + tail mass at each position; about 0, off by the rounding of storage."""
@@ -64,7 +100,7 @@ class SparseTargets:
 
     def narrowed(self, k: int, min_probability: float) -> SparseTargets:
         """At most k ids a position, of those only ids at least this likely (always the first); the mass of
-        the others joins the tail.
+        the others joins the tail. For targets without weights and tail samples, which hold for one support only.
         """
         slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
         keep_N = slot_N < k
@@ -91,13 +127,23 @@ class SparseTargets:
 
         Mask before arithmetic: -inf in a product gives NaN gradients.
         """
-        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
-        row_N = np.repeat(np.arange(self.n_positions), self.kept_P)
         ids_PK = np.zeros((self.n_positions, k), dtype=np.int64)
         logprobs_PK = np.full((self.n_positions, k), -np.inf, dtype=np.float32)
-        ids_PK[row_N, slot_N] = self.support_ids_N
-        logprobs_PK[row_N, slot_N] = self.support_logprobs_N
+        ids_PK[self._places] = self.support_ids_N
+        logprobs_PK[self._places] = self.support_logprobs_N
         return ids_PK, logprobs_PK
+
+    def padded_weights(self, k: int) -> NDArray[np.float32]:
+        """Weights [P, k] in the places of `padded`, 0 where nothing; of targets that have weights."""
+        weights_PK = np.zeros((self.n_positions, k), dtype=np.float32)
+        weights_PK[self._places] = self.weights_N
+        return weights_PK
+
+    @property
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Position and slot of each kept id."""
+        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
+        return np.repeat(np.arange(self.n_positions), self.kept_P), slot_N
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
@@ -235,10 +236,10 @@ class CaptureStore:
         return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
 
     @contextmanager
-    def publishing(self, capture_id: str, shard: str, version: str, precision: str) -> Iterator[CaptureFile]:
+    def publishing(self, capture_id: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:
         """A capture file to fill, a row group a table; when the block ends it appears whole, or not at all."""
         path = self.path_of(capture_id, shard, version)
-        with replacing(path) as beside, parquet_writer(beside, precision) as writer:
+        with replacing(path) as beside, parquet_writer(beside, targets) as writer:
             yield CaptureFile(path, writer)
 
     def _failure_file(self, capture_id: str, shard: str, version: str) -> Path:

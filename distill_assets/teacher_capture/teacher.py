@@ -1,11 +1,10 @@
 """The teacher, loaded once in a process, and what it makes of rows of hidden states.
 
-Legend: N = chosen positions, V = real vocabulary ids, K = most ids kept.
+Legend: N = chosen positions, K = most ids kept, S = tail samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from distill_assets.foundation.language_model import (
     unused_ids,
 )
 from distill_assets.foundation.model_folders import Weights
-from distill_assets.foundation.settings import Dtype, TargetSettings
+from distill_assets.foundation.settings import Dtype
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -77,7 +76,10 @@ def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = Fal
 
 @dataclass(frozen=True)
 class ScoredPositions:
-    """Sparse targets of N positions as tensors. `keep_NK` marks the kept prefix of each top-k."""
+    """Sparse targets of N positions as tensors. `keep_NK` marks the kept ids, a prefix of each position's.
+
+    `weights_NK` is None for top_k, `tail_sample_ids_NS` (-1 where there is no tail) without tail samples.
+    """
 
     ids_NK: Tensor
     logprobs_NK: Tensor
@@ -85,37 +87,5 @@ class ScoredPositions:
     tail_logprob_N: Tensor
     gold_logprob_N: Tensor
     entropy_N: Tensor
-
-
-def sparsify(logits_NV: Tensor, gold_N: Tensor, targets: TargetSettings) -> ScoredPositions:
-    """Top-k log-probabilities, tail mass, gold log-probability and entropy from float32 logits.
-
-    One exponential over the vocabulary gives all of them: with z = logits - max and e = exp(z),
-    log p = z - log(sum e), H = log(sum e) - (sum e z) / (sum e), and the tail is summed from what
-    is left of e once the kept ids are taken out, so that it is exact however small it is.
-    `logits_NV` is overwritten.
-    """
-    top_NK, ids_NK = logits_NV.topk(targets.k, dim=-1)
-    max_N1 = top_NK[:, :1]
-    gold_N1 = logits_NV.gather(1, gold_N[:, None]) - max_N1
-    z_NV = logits_NV.sub_(max_N1)
-    e_NV = z_NV.exp()
-    sum_N = e_NV.sum(-1)
-    log_sum_N = sum_N.log()
-    entropy_N = log_sum_N - torch.linalg.vecdot(e_NV, z_NV) / sum_N
-
-    logprobs_NK = top_NK - max_N1 - log_sum_N[:, None]
-    keep_NK = torch.ones_like(ids_NK, dtype=torch.bool)
-    if targets.min_probability > 0:
-        keep_NK = logprobs_NK >= math.log(targets.min_probability)
-        keep_NK[:, 0] = True
-    outside_N = e_NV.scatter_(1, ids_NK, 0.0).sum(-1)
-    dropped_N = ((top_NK - max_N1).exp() * ~keep_NK).sum(-1)
-    return ScoredPositions(
-        ids_NK=ids_NK,
-        logprobs_NK=logprobs_NK,
-        keep_NK=keep_NK,
-        tail_logprob_N=(outside_N + dropped_N).log() - log_sum_N,
-        gold_logprob_N=gold_N1[:, 0] - log_sum_N,
-        entropy_N=entropy_N.clamp_min(0.0),
-    )
+    weights_NK: Tensor | None = None
+    tail_sample_ids_NS: Tensor | None = None

@@ -237,3 +237,47 @@ def test_derived_captures_say_from_which(home: Path, teacher_folder: Path) -> No
     refresh(bench, capture_all(bench))
     assert ask(bench, "SELECT DISTINCT derived_from FROM captures") == [([source],)]
     assert ask(bench, "SELECT DISTINCT capture_id, derived_from FROM capture_history") == [(source, [])]
+
+
+def test_the_views_join_files_of_different_kinds(tmp_path: Path, teacher_folder: Path) -> None:
+    """A shard of each kind; what a kind does not have is null."""
+    kinds: dict[str, dict[str, object]] = {
+        "s0": {"k": 5},
+        "s1": {"kind": "sampled", "samples": 6, "precision": "exact"},
+        "s2": {"kind": "threshold"},
+        "heldout": {"k": 4, "tail_samples": 2},
+    }
+    entries = []
+    for key, targets in kinds.items():
+        bench = Bench(tiny.make_home(tmp_path, teacher_folder))
+        settings = bench.home.settings_file
+        settings.write_text(settings.read_text().replace("targets:\n  k: 8\n", f"targets: {json.dumps(targets)}\n"))
+        entries.append(
+            CatalogEntry(capture_shard(bench.spec, bench.shards[key], bench.store, device="cpu").capture, "train")
+        )
+    refresh(bench, entries)
+    rows = {entry.capture.shard: read_rows(entry.capture.path)[2].targets for entry in entries}
+    for key, targets in rows.items():
+        found = ask(
+            bench,
+            "SELECT support_ids, support_logprobs, weights, tail_sample_ids, tail_logprob FROM positions "
+            f"WHERE shard = '{key}' AND row = 2 ORDER BY position",
+        )
+        assert len(found) == targets.n_positions
+        for p, (ids, logprobs, weights, samples, tail) in enumerate(found):
+            part = slice(targets.offsets_P1[p], targets.offsets_P1[p + 1])
+            assert ids == targets.support_ids_N[part].tolist()
+            assert logprobs == pytest.approx(targets.support_logprobs_N[part].tolist())
+            assert weights == (None if targets.weights_N is None else targets.weights_N[part].tolist())
+            drawn = targets.tail_sample_ids_PS
+            assert samples == (None if drawn is None else drawn[p].tolist())
+            assert tail == pytest.approx(float(targets.tail_logprob_P[p]))
+    means = ask(
+        bench,
+        "SELECT shard, sum(weight) / count(DISTINCT position) FROM kept_ids WHERE row = 2 GROUP BY ALL ORDER BY shard",
+    )
+    assert [(shard, mean is None) for shard, mean in means] == [
+        ("heldout", True), ("s0", True), ("s1", False), ("s2", False),
+    ]  # fmt: skip
+    assert means[2][1] == pytest.approx(1.0)  # counts / samples
+    assert [n for _, n in ask(bench, "SELECT shard, count(*) FROM examples GROUP BY shard")] == [6] * 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill_assets.foundation.errors import SettingsError
-from distill_assets.foundation.settings import load_settings
+from distill_assets.foundation.settings import TargetSettings, load_settings
 
 SMALLEST = "teacher: {model: a}\nstudent: {model: b}\n"
 
@@ -137,3 +137,42 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 def test_at_most_three_problems_are_told_one_a_line(tmp_path: Path) -> None:
     said = refusal(tmp_path, SMALLEST + "a: 1\nb: 2\nc: 3\nd: 4\n")
     assert [line.split(" is not")[0] for line in said.splitlines()] == ["F line 3: a", "F line 4: b", "F line 5: c"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "key", "own", "kind"),
+    [
+        ("kind: sampled\n  k: 8", "k", "top_k", "sampled"),
+        ("kind: threshold\n  min_probability: 0.0", "min_probability", "top_k", "threshold"),
+        ("kind: sampled\n  tail_samples: 0", "tail_samples", "top_k", "sampled"),
+        ("k: 8\n  samples: 50", "samples", "sampled", "top_k"),
+        ("kind: sampled\n  tau: 0.02", "tau", "threshold", "sampled"),
+    ],
+)
+def test_a_target_setting_of_another_kind_is_refused_even_at_its_default(
+    tmp_path: Path, targets: str, key: str, own: str, kind: str
+) -> None:
+    said = refusal(tmp_path, f"{SMALLEST}targets:\n  {targets}\n")
+    assert said == f"F line 5: targets.{key}: belongs to kind {own}, and kind is {kind}; remove it"
+
+
+def test_a_wrong_kind_is_the_only_complaint(tmp_path: Path) -> None:
+    said = refusal(tmp_path, SMALLEST + "targets: {kind: best, tau: 0.1}\n")
+    assert said.startswith("F line 3: targets.kind: ") and "\n" not in said
+
+
+@pytest.mark.parametrize("line", ["samples: 0", "tau: 1.0", "tau: 0.0", "tail_samples: -1"])
+def test_impossible_draws_are_refused(tmp_path: Path, line: str) -> None:
+    kind = {"samples": "sampled", "tau": "threshold", "tail_samples": "top_k"}[line.split(":")[0]]
+    assert f"targets.{line.split(':')[0]}: input should be" in refusal(
+        tmp_path, f"{SMALLEST}targets: {{kind: {kind}, {line}}}\n"
+    )
+
+
+def test_targets_are_told_apart_by_what_belongs_to_their_kind() -> None:
+    assert TargetSettings(k=8).identity == {
+        "kind": "top_k", "k": 8, "min_probability": 0.0, "precision": "compact",
+    }  # fmt: skip
+    assert TargetSettings(k=8, tail_samples=2).identity["tail_samples"] == 2
+    assert TargetSettings(kind="sampled").identity == {"kind": "sampled", "samples": 50, "precision": "compact"}
+    assert TargetSettings(kind="threshold").identity == {"kind": "threshold", "tau": 0.02, "precision": "compact"}

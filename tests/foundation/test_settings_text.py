@@ -18,6 +18,11 @@ CASES = {
         "training": {"learning_rate": 1.0e-7, "kd_weight": 1.0, "seed": 123456789012},
         "control": False,
     },
+    "drawn targets": {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "targets": {"kind": "sampled", "samples": 12, "precision": "exact"},
+    },
     "a student from scratch": {
         "teacher": {"model": "t", "dtype": "float16"},
         "student": {"config": {"model_type": "llama", "rope": {"factor": 2.0, "kinds": ["a", None]}, "tied": True}},
@@ -55,3 +60,10 @@ def test_choices_that_the_description_does_not_name_are_listed() -> None:
 
 def test_a_key_without_a_value_is_a_comment() -> None:
     assert "\n  # revision: null  # branch, tag or commit" in init_text("a/b", "c/d")
+
+
+def test_settings_of_other_kinds_of_targets_are_comments() -> None:
+    settings = Settings.model_validate(CASES["drawn targets"])
+    text = commented_settings(settings)
+    assert "\n  # k: 64  # top_k: " in text and "\n  # tau: 0.02  # threshold: " in text
+    assert "\n  samples: 12  # sampled: " in text and "\n  precision: exact  # " in text

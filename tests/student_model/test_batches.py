@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_assets.student_model.batches import IGNORED, collate, epoch_ends, plan_batches
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from tests.student_model.rows import row_of
 
 
@@ -60,3 +63,26 @@ def test_no_rows_collate_to_padding_that_trains_nothing() -> None:
     batch = collate([], with_targets=True)
     assert batch["ids_BT"].tolist() == [[0]] and batch["labels"].tolist() == [[IGNORED]]
     assert batch["weight_N"].shape == (0,) and batch["support_ids_NK"].shape == (0, 1)
+
+
+def test_weights_take_the_place_of_the_tail_and_samples_stand_beside_it() -> None:
+    long = row_of([5, 6, 7, 8], [1, 2], [{7: 0.6, 1: 0.2}, {8: 0.9}], [0.2, 0.1])
+    short = row_of([3, 4], [0], [{4: 1.0}], [0.0])
+
+    def with_targets(row: CapturedRow, **columns: np.ndarray) -> CapturedRow:
+        return replace(row, targets=replace(row.targets, **columns))
+
+    weighted = [
+        with_targets(long, weights_N=np.array([0.5, 0.4, 0.3], np.float32)),
+        with_targets(short, weights_N=np.array([0.8], np.float32)),
+    ]
+    batch = collate(weighted, with_targets=True)
+    assert "tail_logprob_N" not in batch and "support_logprobs_NK" not in batch
+    np.testing.assert_allclose(batch["support_weights_NK"], [[0.5, 0.4], [0.3, 0.0], [0.8, 0.0]], rtol=1e-6)
+    sampled = [
+        with_targets(long, tail_sample_ids_PS=np.array([[3, 3], [2, 9]], np.int32)),
+        with_targets(short, tail_sample_ids_PS=np.zeros((1, 0), np.int32)),
+    ]
+    batch = collate(sampled, with_targets=True)
+    assert batch["tail_sample_ids_NS"].tolist() == [[3, 3], [2, 9], [-1, -1]]
+    np.testing.assert_allclose(batch["tail_logprob_N"].exp(), [0.2, 0.1, 0.0], rtol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.foundation.settings import TargetSettings, TrainingSettings
 from distill_assets.student_model.identity import student_id
 from distill_assets.student_model.vocabulary import StudentVocabulary
 
@@ -27,6 +27,7 @@ def an_id(kind: str = "student", **changes: Any) -> str:
         "vocabulary": StudentVocabulary(100, (3,)),
         "tokenizer": "t",
         "capture_ids": ["c"],
+        "targets": TargetSettings(),
     }
     return student_id(kind, **{**values, **changes})  # type: ignore[arg-type]
 
@@ -63,3 +64,15 @@ def test_order_is_not_in_the_id_and_kinds_differ() -> None:
     assert an_id(capture_ids=["c", "c"]) == an_id()
     assert an_id("control") != an_id("student")
     assert len(an_id()) == 16 and int(an_id(), 16) >= 0
+
+
+def test_the_weight_of_tail_samples_is_in_the_id_only_where_there_are_some() -> None:
+    changed = TrainingSettings(tail_sample_weight=1.0)
+    sampled = {"targets": TargetSettings(k=8, tail_samples=4)}
+    assert an_id(training=changed) == an_id()
+    assert an_id(training=changed, **sampled) != an_id(**sampled)
+    assert an_id("control", training=changed, **sampled) == an_id("control")
+
+
+def test_students_of_plain_top_k_keep_the_id_they_always_had() -> None:
+    assert (an_id(), an_id("control")) == ("6bbd6e8deac7cd57", "70e4deb6d8e4511b")

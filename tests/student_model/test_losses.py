@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill_assets.foundation.language_model import NEVER
-from distill_assets.student_model.losses import cross_entropy, forward_kl_tail_bucket
+from distill_assets.student_model.losses import cross_entropy, forward_kl_tail_bucket, weighted_cross_entropy
 
 V = 23
 
@@ -146,3 +146,77 @@ def test_cross_entropy_is_the_negative_log_of_the_softmax() -> None:
         cross_entropy(logits_NV, torch.tensor([0, 5, 22])), logits_NV.tolist(), [0, 5, 22], strict=True
     ):
         assert loss.item() == pytest.approx(-math.log(math.exp(row[gold]) / math.fsum(map(math.exp, row))))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_tail_samples_add_their_share_of_the_tail(weight: float) -> None:
+    teacher_NV, logits_NV = teacher_and_student(8)
+    ids_NK, logprobs_NK, tail_N = sparse(teacher_NV, 4)
+    order = teacher_NV.argsort(-1, descending=True)
+    samples_NS = torch.stack([order[:, 9], order[:, 4], order[:, 9]], 1)
+    samples_NS[1, 2] = -1  # one fewer
+    samples_NS[2] = -1  # none
+    logits_NV.requires_grad_()
+    losses_N = forward_kl_tail_bucket(logits_NV, ids_NK, logprobs_NK, tail_N, samples_NS, weight)
+    losses_N.sum().backward()
+    ours = logits_NV.grad.clone()
+    oracle_NV = logits_NV.detach().clone().requires_grad_()
+    q_NV = oracle_NV.softmax(-1)
+    outside_N = 1 - q_NV.gather(1, ids_NK).sum(-1)
+    bucket_N = forward_kl_tail_bucket(oracle_NV, ids_NK, logprobs_NK, tail_N)
+    expected = []
+    for n in range(len(q_NV)):
+        drawn = [int(j) for j in samples_NS[n] if j >= 0]
+        terms = [-(q_NV[n, j] / outside_N[n]).log() for j in drawn]
+        expected.append(bucket_N[n] + (weight * tail_N[n].exp() * sum(terms) / len(terms) if terms else 0.0))
+    torch.testing.assert_close(losses_N, torch.stack(expected))
+    torch.stack(expected).sum().backward()
+    torch.testing.assert_close(ours, oracle_NV.grad)
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_the_expected_gradient_with_tail_samples_is_the_dense_one(k: int) -> None:
+    """The expectation is taken exactly: every id outside as the sample, weighted by how likely it is drawn."""
+    teacher_NV, logits_NV = teacher_and_student(9)
+    ids_NK, logprobs_NK, tail_N = sparse(teacher_NV, k)
+    expected_NV = torch.zeros_like(logits_NV)
+    for j in range(V):
+        student = logits_NV.clone().requires_grad_()
+        sample_N1 = torch.full((len(logits_NV), 1), j)
+        forward_kl_tail_bucket(student, ids_NK, logprobs_NK, tail_N, sample_N1, 1.0).sum().backward()
+        drawn_N = (teacher_NV[:, j] - tail_N).exp() * (ids_NK != j).all(-1)
+        expected_NV += drawn_N[:, None] * student.grad
+    dense_NV = logits_NV.softmax(-1) - teacher_NV.exp()
+    torch.testing.assert_close(expected_NV, dense_NV)
+    biased = logits_NV.clone().requires_grad_()
+    forward_kl_tail_bucket(biased, ids_NK, logprobs_NK, tail_N).sum().backward()
+    assert (biased.grad - dense_NV).abs().max() > 0.01
+
+
+def test_weights_are_taken_as_they_are_and_not_divided_by_their_sum() -> None:
+    _, logits_NV = teacher_and_student(10, n=2)
+    ids_NK, weights_NK = torch.tensor([[3, 8, 0], [5, 0, 0]]), torch.tensor([[0.5, 0.3, 0.0], [0.2, 0.0, 0.0]]).double()
+    logits_NV.requires_grad_()
+    losses_N = weighted_cross_entropy(logits_NV, ids_NK, weights_NK)
+    logq = logits_NV.detach().log_softmax(-1)
+    expected = [-0.5 * logq[0, 3] - 0.3 * logq[0, 8], -0.2 * logq[1, 5]]
+    torch.testing.assert_close(losses_N.detach(), torch.stack(expected), rtol=1e-6, atol=1e-7)
+    losses_N.sum().backward()
+    wanted_NV = torch.tensor([[0.8], [0.2]]) * logq.exp()
+    wanted_NV[0, 3] -= 0.5
+    wanted_NV[0, 8] -= 0.3
+    wanted_NV[1, 5] -= 0.2
+    torch.testing.assert_close(logits_NV.grad, wanted_NV, rtol=1e-6, atol=1e-7)
+
+
+def test_empty_slots_and_missing_tails_of_drawn_targets_give_finite_gradients() -> None:
+    _, logits_NV = teacher_and_student(11, n=1)
+    logits_NV = logits_NV.float().index_fill(1, torch.tensor([0]), NEVER).requires_grad_()  # id 0 fills empty slots
+    loss_N = weighted_cross_entropy(logits_NV, torch.tensor([[4, 0]]), torch.tensor([[0.7, 0.0]]))
+    ids_NK = torch.arange(V)[None]  # everything kept: no tail, no samples
+    logprobs_NK = torch.full((1, V), 1 / V).log()
+    no_tail = torch.full((1,), -torch.inf), torch.full((1, 2), -1)
+    loss_N = loss_N + forward_kl_tail_bucket(logits_NV[:, 1:].repeat(1, 2)[:, :V], ids_NK, logprobs_NK, *no_tail, 1.0)
+    loss_N.sum().backward()
+    assert torch.isfinite(loss_N).all() and torch.isfinite(logits_NV.grad).all()
+    assert logits_NV.grad[0, 0] == 0

@@ -212,3 +212,47 @@ def test_rows_of_several_lengths_do_not_see_their_padding(
     other = module(**collate([rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
     together = module(**collate([short, rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
     torch.testing.assert_close(together, alone + other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("drawn", ["weights", "tail samples"])
+def test_chunked_losses_of_drawn_targets_equal_the_dense_ones(
+    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow], drawn: str
+) -> None:
+    rng = np.random.default_rng(0)
+    drawn_rows = []
+    for i, row in enumerate(rows):
+        n = row.targets.n_positions
+        columns: dict[str, Any] = {"weights_N": rng.random(8 * n, dtype=np.float32)}
+        if drawn == "tail samples":
+            outside = [np.setdiff1d(np.arange(300), row.targets.support_ids_N[8 * p : 8 * p + 8]) for p in range(n)]
+            columns = {"tail_sample_ids_PS": np.stack([rng.choice(ids, 2) for ids in outside]).astype(np.int32)}
+        drawn_rows.append(replace(row, weight=0.5 + i % 3, targets=replace(row.targets, **columns)))
+    module = DistillationModule(student, vocabulary, 0.7, tail_sample_weight=0.4)
+    loss = module(**collate(drawn_rows, with_targets=True))["loss"]
+    loss.backward()
+    ours = gradients(student)
+    student.zero_grad()
+    total = torch.zeros(())
+    for row in drawn_rows:
+        logq_TV = student(torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
+        ids_PK = torch.from_numpy(row.targets.support_ids_N.astype(np.int64)).view(-1, 8)
+        logq_PV = logq_TV[torch.from_numpy(row.targets.positions_P.astype(np.int64))]
+        if row.targets.weights_N is not None:
+            kd = -(torch.from_numpy(row.targets.weights_N).view(-1, 8) * logq_PV.gather(1, ids_PK)).sum()
+            ce = -logq_PV.gather(
+                1, torch.from_numpy(row.input_ids[row.targets.positions_P + 1].astype(np.int64))[:, None]
+            )
+            total = total + row.weight * (0.7 * kd + 0.3 * ce.sum())
+        else:
+            samples_PS = torch.from_numpy(np.array(row.targets.tail_sample_ids_PS, dtype=np.int64))
+            log_rest_P = logq_PV.scatter(1, ids_PK, -torch.inf).logsumexp(-1)
+            terms_P = log_rest_P - logq_PV.gather(1, samples_PS).mean(-1)
+            tail_P = torch.from_numpy(row.targets.normalized().tail_logprob_P).exp()
+            total = total + row.weight * 0.7 * 0.4 * (tail_P * terms_P).sum()
+    if drawn == "tail samples":
+        total = total + dense_loss(student, drawn_rows, 0.7)
+    expected = total / positions(drawn_rows)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for mine, dense in zip(ours, gradients(student), strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-3, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -80,3 +82,30 @@ def test_shared_vocabulary_is_what_both_tokenizers_and_the_head_have(tokenizer: 
     assert shared_vocabulary(tokenizer, tiny.train_tokenizer(vocab_size=300), n) == StudentVocabulary(300)
     with pytest.raises(TrainingError, match="share no token id"):
         shared_vocabulary(tokenizer, None, 0)
+
+
+def test_weights_of_what_is_left_grow_to_the_sum_all_had() -> None:
+    row = row_of([1, 2, 3, 4], [0, 1, 2], [{2: 0.5, 9: 0.3, 3: 0.1}, {9: 0.8, 4: 0.1}, {4: 0.9}], [0.1, 0.1, 0.1])
+    weights = np.array([0.4, 0.2, 0.2, 0.8, 0.0, 0.7], dtype=np.float32)
+    row = replace(row, targets=replace(row.targets, weights_N=weights))
+    (fitted,), _ = fit_rows([row], StudentVocabulary(9), MANY)
+    assert fitted.targets.support_ids_N.tolist() == [2, 3, 4, 4]
+    assert fitted.targets.weights_N is not None
+    np.testing.assert_allclose(fitted.targets.weights_N, [0.8 * 2 / 3, 0.8 / 3, 0.0, 0.7], rtol=1e-6)
+
+
+def test_a_position_without_any_known_id_learns_nothing_from_weights() -> None:
+    row = row_of([1, 2, 3], [0, 1], [{9: 0.9}, {3: 0.9}], [0.1, 0.1])
+    row = replace(row, targets=replace(row.targets, weights_N=np.array([1.0, 0.6], dtype=np.float32)))
+    (fitted,), _ = fit_rows([row], StudentVocabulary(9), MANY)
+    assert fitted.targets.weights_N is not None and fitted.targets.weights_N.tolist() == pytest.approx([0.0, 0.6])
+
+
+def test_tail_samples_the_student_lacks_are_left_out() -> None:
+    row = row_of([1, 2, 3], [0, 1], [{2: 0.9}, {3: 0.9}], [0.1, 0.1])
+    samples_PS = np.array([[9, 5], [-1, -1]], dtype=np.int32)
+    row = replace(row, targets=replace(row.targets, tail_sample_ids_PS=samples_PS))
+    (fitted,), report = fit_rows([row], StudentVocabulary(9), MANY)
+    assert fitted.targets.tail_sample_ids_PS is not None
+    assert fitted.targets.tail_sample_ids_PS.tolist() == [[-1, 5], [-1, -1]]
+    assert report.mass_dropped == pytest.approx(0.0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.checks import check_aligned, check_complete
@@ -59,10 +60,10 @@ def make(tmp_path: Path, trained: Path) -> Make:
 def rewritten(capture: Capture, change: Callable[[Sequence[CapturedRow]], Sequence[CapturedRow]]) -> Capture:
     """The capture with other rows under its old footer."""
     footer = pq.read_metadata(capture.path).metadata[FOOTER]
-    precision = capture.identity["targets"]["precision"]
+    targets = TargetSettings.model_validate(dict(capture.identity["targets"]))
     rows = change(read_rows(capture.path))
-    with parquet_writer(capture.path, precision) as writer:
-        writer.write_table(to_arrow(rows, precision))
+    with parquet_writer(capture.path, targets) as writer:
+        writer.write_table(to_arrow(rows, targets))
         writer.add_key_value_metadata({FOOTER.decode(): footer})
     return read_capture(capture.path)
 

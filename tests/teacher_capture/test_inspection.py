@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.inspection import inspect_capture
@@ -31,12 +32,16 @@ def captured(request: pytest.FixtureRequest, tmp_path: Path, teacher_folder: Pat
     return bench, report.capture.path
 
 
+def targets_of(path: Path) -> TargetSettings:
+    footer = json.loads(pq.read_metadata(path).metadata[FOOTER])
+    return TargetSettings.model_validate(footer["identity"]["targets"])
+
+
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """The file with other columns and valid checksums, its footer as it was."""
     footer = pq.read_metadata(path).metadata[FOOTER]
     table = change(pq.read_table(path))
-    precision = "compact" if "support_q" in table.column_names else "exact"
-    with parquet_writer(path, precision) as writer:
+    with parquet_writer(path, targets_of(path)) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({FOOTER.decode(): footer})
 
@@ -45,7 +50,7 @@ def with_row(path: Path, number: int, change: Callable[[CapturedRow], CapturedRo
     rows: Sequence[CapturedRow] = [change(r) if r.row == number else r for r in read_rows(path)]
 
     def table(old: pa.Table) -> pa.Table:
-        return to_arrow(rows, "compact" if "support_q" in old.column_names else "exact")
+        return to_arrow(rows, targets_of(path))
 
     rewrite(path, table)
 
@@ -157,7 +162,7 @@ def test_a_footer_of_another_capture_is_a_mismatch(captured: tuple[Bench, Path])
     footer = json.loads(pq.read_metadata(path).metadata[FOOTER])
     footer["identity"]["targets"]["k"] = 9
     table = pq.read_table(path)
-    with parquet_writer(path, footer["identity"]["targets"]["precision"]) as writer:
+    with parquet_writer(path, targets_of(path)) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({FOOTER.decode(): json.dumps(footer)})
     [(kind, reason)] = problems(bench, path)
