@@ -60,3 +60,8 @@ def test_every_kind_makes_a_student_a_control_and_a_report(tmp_path: Path, teach
     again = run(home.root)
     assert (again.student_id != report.student_id) == (kind == "tail samples")
     assert again.control_id == report.control_id and again.rows_captured == 0
+    assert again.report is not None
+    losses = json.loads((Path(again.report).parent / "report.json").read_text())["curves"]["student"]
+    assert (losses[0]["kd"] > 1.1 * curve[0]) == (
+        kind == "tail samples"
+    )  # the same rows and weights, twice the samples' share
