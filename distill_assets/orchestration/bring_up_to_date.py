@@ -126,6 +126,10 @@ class _Walk:
         check_interrupt: Callable[[], None],
     ) -> None:
         self.job = definitions.resolve_implicit_global_asset_job_def()
+        # The checks of captures run once for all shards, not once a shard.
+        self.captures_alone = self.job.get_subset(
+            asset_selection={dg.AssetKey("teacher_capture")}, asset_check_selection=frozenset()
+        )
         self.graph = definitions.resolve_asset_graph()
         self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
         self.device, self.force, self.on_step = device, force, on_step
@@ -254,8 +258,8 @@ class _Walk:
         self._wait_for_pools(asset)
         selection: dict[str, Any] = {"asset_selection": [dg.AssetKey(asset)]}
         job = self.job
-        if asset == "teacher_capture":  # its checks run once for all shards, not once a shard
-            job, selection = job.get_subset(asset_selection={dg.AssetKey(asset)}, asset_check_selection=frozenset()), {}
+        if asset == "teacher_capture":
+            job, selection = self.captures_alone, {}
         tags = {"distill/why": why} if why else {}
         result = self._execute(job, config, tags=tags, partition_key=partition, **selection)
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
