@@ -8,7 +8,9 @@ Position t holds the teacher's distribution of token t + 1 given tokens <= t.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,23 +129,38 @@ class SparseTargets:
 
         Mask before arithmetic: -inf in a product gives NaN gradients.
         """
-        ids_PK = np.zeros((self.n_positions, k), dtype=np.int64)
-        logprobs_PK = np.full((self.n_positions, k), -np.inf, dtype=np.float32)
-        ids_PK[self._places] = self.support_ids_N
-        logprobs_PK[self._places] = self.support_logprobs_N
-        return ids_PK, logprobs_PK
+        return self._padded(k, self.support_ids_N, np.int64(0)), self._padded(
+            k, self.support_logprobs_N, np.float32(-np.inf)
+        )
 
     def padded_weights(self, k: int) -> NDArray[np.float32]:
         """Weights [P, k] in the places of `padded`, 0 where nothing; of targets that have weights."""
-        weights_PK = np.zeros((self.n_positions, k), dtype=np.float32)
-        weights_PK[self._places] = self.weights_N
-        return weights_PK
+        assert self.weights_N is not None
+        return self._padded(k, self.weights_N, np.float32(0))
 
-    @property
-    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Position and slot of each kept id."""
-        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
-        return np.repeat(np.arange(self.n_positions), self.kept_P), slot_N
+    def _padded(self, k: int, values_N: NDArray[Any], nothing: Any) -> NDArray[Any]:
+        values_PK = np.full((self.n_positions, k), nothing)
+        values_PK[np.arange(k) < self.kept_P[:, None]] = values_N
+        return values_PK
+
+    @staticmethod
+    def joined(parts: Sequence[SparseTargets]) -> SparseTargets:
+        """The positions of several rows, one row after another; all of the same kind, or without tail samples."""
+        lengths = [part.offsets_P1[-1] for part in parts]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = [part.offsets_P1[1:] + start for part, start in zip(parts, starts, strict=False)]
+
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        return SparseTargets(
+            **{field.name: column(field.name) for field in fields(SparseTargets) if field.name not in _NOT_JOINED},
+            offsets_P1=np.concatenate([[0], *offsets]).astype(np.int64),
+            weights_N=None if any(part.weights_N is None for part in parts) else column("weights_N"),
+        )
+
+
+_NOT_JOINED = ("offsets_P1", "weights_N", "tail_sample_ids_PS")
 
 
 @dataclass(frozen=True)
