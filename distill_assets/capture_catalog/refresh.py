@@ -21,7 +21,7 @@ from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.foundation.fingerprints import digest
-from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def refresh_catalog(
         _insert_captures(connection, _history(store, current), current=False)
         files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
         _insert_students(connection, read_lineages(students))
-        precisions = {entry.capture.identity["targets"]["precision"] for entry in entries}
-        connection.execute(schema.positions_view(sorted(current), precisions.pop() if precisions else "compact"))
+        connection.execute(schema.positions_view(_by_precision(entries)))
         connection.execute(schema.KEPT_IDS)
         return _report(connection, identity, files_read)
 
@@ -129,10 +128,17 @@ def _writer_lock(catalog: Path) -> FileLock:
     return FileLock(file)
 
 
+def _by_precision(entries: Sequence[CatalogEntry]) -> dict[str, list[str]]:
+    paths: dict[str, list[str]] = {}
+    for capture in sorted((entry.capture for entry in entries), key=lambda capture: capture.path):
+        paths.setdefault(capture.identity["targets"]["precision"], []).append(str(capture.path))
+    return paths
+
+
 def _history(store: CaptureStore, current: set[str]) -> list[CatalogEntry]:
     entries = []
-    for capture_id in store.capture_ids():
-        for path in store.files(capture_id).values():
+    for folder in [*store.capture_ids(), IMPORTED]:
+        for path in store.files(folder).values():
             if str(path) not in current:
                 try:
                     entries.append(CatalogEntry(read_capture(path), role="history"))
@@ -153,7 +159,7 @@ def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[Ca
                 stats.mean_entropy, stats.mean_kept_mass, stats.mean_kept_ids, stats.teacher_perplexity,
                 stats.truncated_rows, stats.bad_rows, stats.rows_without_target,
                 stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
-                capture.teacher["name"], capture.teacher["revision"], capture.identity["dtype"],
+                capture.teacher["name"], capture.teacher["revision"], capture.identity.get("dtype"),
                 json.dumps(capture.identity["targets"]), list(capture.derived_from), capture.created,
             ]
         )  # fmt: skip

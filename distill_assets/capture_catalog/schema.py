@@ -7,7 +7,7 @@ views over the Parquet itself: nothing is stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 SCHEMA_VERSION = 2
 
@@ -40,25 +40,22 @@ CREATE VIEW capture_history AS SELECT * EXCLUDE (current) FROM capture_files WHE
 """
 
 _POSITIONS_FROM_FILES = """
-CREATE VIEW positions AS
-WITH unnested AS (
+SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids,
+       {logprobs} AS support_logprobs, u.tail_logprob, u.gold_logprob, u.entropy
+FROM (
     SELECT f.filename AS path, f.row, f.key, f.input_ids,
            unnest(f.positions) AS position, unnest(f.support_ids) AS support_ids,
            unnest(f.{column}) AS support, unnest(f.tail_logprob) AS tail_logprob,
            unnest(f.gold_logprob) AS gold_logprob, unnest(f.entropy) AS entropy
     FROM read_parquet([{paths}], filename = true, hive_partitioning = false) AS f
-)
-SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids,
-       {logprobs} AS support_logprobs, u.tail_logprob, u.gold_logprob, u.entropy
-FROM unnested AS u JOIN captures AS c USING (path);
+) AS u JOIN captures AS c USING (path)
 """
 
 _POSITIONS_OF_NOTHING = """
-CREATE VIEW positions AS
 SELECT NULL::VARCHAR AS shard, NULL::INTEGER AS row, NULL::VARCHAR AS key, NULL::INTEGER AS position,
        NULL::INTEGER AS gold_id, NULL::INTEGER[] AS support_ids, NULL::DOUBLE[] AS support_logprobs,
        NULL::FLOAT AS tail_logprob, NULL::FLOAT AS gold_logprob, NULL::FLOAT AS entropy
-WHERE false;
+WHERE false
 """
 
 KEPT_IDS = """
@@ -75,7 +72,8 @@ _SUPPORT = {
 }
 
 # What a capture's examples are like, computed from its Parquet file. Support and tail are made a
-# distribution by dividing by their sum (rounding makes it 1.02 or so).
+# distribution by dividing by their sum (rounding makes it 1.02 or so). Where an entropy or gold
+# log-probability is not known, neither is their mean.
 _EXAMPLES_OF_FILE = """
 INSERT INTO examples
 WITH rows AS (
@@ -93,7 +91,9 @@ WITH rows AS (
     GROUP BY row
 )
 SELECT $shard, row, key, id, $capture_id, $version, len(input_ids), len(positions), weight, truncated,
-       list_avg(entropy), mean_kept_mass, exp(-list_avg(gold_logprob)), top1_is_gold, $created::TIMESTAMPTZ
+       CASE WHEN list_count(entropy) = len(entropy) THEN list_avg(entropy) END, mean_kept_mass,
+       CASE WHEN list_count(gold_logprob) = len(gold_logprob) THEN exp(-list_avg(gold_logprob)) END,
+       top1_is_gold, $created::TIMESTAMPTZ
 FROM rows JOIN kept USING (row) JOIN hits USING (row)
 ORDER BY row
 """
@@ -104,11 +104,13 @@ def quoted(path: str) -> str:
     return "'" + path.replace("'", "''") + "'"
 
 
-def positions_view(paths: Sequence[str], precision: str) -> str:
-    """DDL of the `positions` view over these capture files."""
-    if not paths:
-        return _POSITIONS_OF_NOTHING
-    return _POSITIONS_FROM_FILES.format(**_SUPPORT[precision], paths=", ".join(map(quoted, paths)))
+def positions_view(paths: Mapping[str, Sequence[str]]) -> str:
+    """DDL of the `positions` view over capture files, given by precision: imported ones keep theirs."""
+    parts = [
+        _POSITIONS_FROM_FILES.format(**_SUPPORT[precision], paths=", ".join(map(quoted, paths[precision])))
+        for precision in sorted(paths)
+    ]
+    return f"CREATE VIEW positions AS {' UNION ALL '.join(parts or [_POSITIONS_OF_NOTHING])};"
 
 
 def examples_of_file(precision: str) -> str:

@@ -80,7 +80,7 @@ def plan_windows(chunks: Sequence[Chunk], window_tokens: int = WINDOW_TOKENS) ->
 
 @dataclass(frozen=True)
 class Figures:
-    """Sums over rows (float64), and what the teacher did for them."""
+    """Sums over rows (float64; NaN where a term is not known), and what the teacher did for them."""
 
     rows: int
     tokens: int
@@ -122,9 +122,9 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
         tokens=whole.tokens,
         supervised_tokens=n,
         kept_ids=whole.kept_ids,
-        mean_entropy=whole.entropy / n,
+        mean_entropy=None if math.isnan(whole.entropy) else whole.entropy / n,
         mean_kept_mass=whole.kept_mass / n,
-        teacher_perplexity=math.exp(-whole.gold_logprob / n),
+        teacher_perplexity=None if math.isnan(whole.gold_logprob) else math.exp(-whole.gold_logprob / n),
         truncated_rows=whole.truncated_rows,
         bad_rows=bad_rows,
         rows_without_target=rows_without_target,

@@ -21,6 +21,7 @@ class SparseTargets:
     """The targets of one row. Log-probabilities are natural, raw (T = 1), descending in a position.
 
     `tail_logprob_P` is the log of the mass outside the kept ids, -inf where nothing is outside.
+    `gold_logprob_P` and `entropy_P` are NaN where they are not known, as in captures of other engines.
     """
 
     positions_P: NDArray[np.int32]
