@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -310,6 +310,47 @@ def export(
     else:
         counts = f"{terminal.counted(rows, 'row')} of {terminal.counted(len(wanted), 'shard')}"
         terminal.out.print(escape(f"{counts} written to {out}"), soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", exists=True, dir_okay=False, help="The JSONL file to read; .gz and .zst are decompressed."
+        ),
+    ],
+    shard: Annotated[str, typer.Option(help="The key of the shard it becomes.")],
+    rows: Annotated[
+        Literal["aligned", "shifted"],
+        typer.Option(help="aligned: T lists for T tokens; shifted: T - 1, without one for the last position."),
+    ] = "aligned",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a shard that is there with other content.")
+    ] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make log-probabilities of another engine a shard with a capture of its own, which is never captured again."""
+    pipeline = _pipeline(find_home(home))
+    done = pipeline.import_jsonl(source, shard, shifted=rows == "shifted", replace=replace)
+    stats = done.capture.stats
+    if as_json:
+        print_json(
+            {
+                "rows": stats.rows,
+                "shard": shard,
+                "path": str(done.shard_file),
+                "capture": str(done.capture.path),
+                "capture_id": done.capture.capture_id,
+                "positions": stats.supervised_tokens,
+                "written": done.written,
+                "dropped_last": done.dropped_last,
+                "dropped_unsupervised": done.dropped_unsupervised,
+            }
+        )
+    else:
+        terminal.show_import(shard, done)
 
 
 @app.command()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distill_assets.orchestration.garbage import GarbageReport
     from distill_assets.orchestration.status import HomeStatus, ShardStatus
     from distill_assets.orchestration.verify import VerifyReport
+    from distill_assets.teacher_capture.importing import ImportReport
     from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
     from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
@@ -315,6 +316,21 @@ def show_removals(report: GarbageReport) -> None:
         out.print(f"[dim]kept[/] {escape(sentence)}", soft_wrap=True)
     words = "would be removed" if report.dry_run else "removed"
     out.print(f"{counted(len(report.removed), 'thing')}, {counted(report.bytes, 'byte')} {words}.")
+
+
+def show_import(shard: str, done: ImportReport) -> None:
+    """What was imported, and what of the file was left out."""
+    stats = done.capture.stats
+    if not done.written:
+        out.print(escape(f"Shard {shard} holds this very content already; nothing was done."), soft_wrap=True)
+        return
+    counts = f"{counted(stats.rows, 'row')}, {counted(stats.supervised_tokens, 'scored position')}"
+    out.print(escape(f"Imported {counts} as shard {shard} ({done.shard_file})."), soft_wrap=True)
+    if done.dropped_last:
+        out.print(f"Left out: the last position of {counted(done.dropped_last, 'row')}; no token comes after it.")
+    if done.dropped_unsupervised:
+        positions = counted(done.dropped_unsupervised, "position")
+        out.print(f"Left out: {positions} whose next token loss_mask does not mark.")
 
 
 def show_next_steps(home: Home, is_default: bool) -> None:

@@ -21,7 +21,7 @@ from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.foundation.fingerprints import digest
-from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def _writer_lock(catalog: Path) -> FileLock:
 
 def _history(store: CaptureStore, besides: set[str]) -> list[CatalogEntry]:
     entries = []
-    for capture_id in store.capture_ids():
-        for path in store.files(capture_id).values():
+    for folder in [*store.capture_ids(), IMPORTED]:
+        for path in store.files(folder).values():
             if str(path) not in besides:
                 try:
                     entries.append(CatalogEntry(read_capture(path), role="history"))
@@ -158,7 +158,7 @@ def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[Ca
                 stats.mean_entropy, stats.mean_kept_mass, stats.mean_kept_ids, stats.teacher_perplexity,
                 stats.truncated_rows, stats.bad_rows, stats.rows_without_target,
                 stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
-                capture.teacher["name"], capture.teacher["revision"], capture.identity["dtype"],
+                capture.teacher["name"], capture.teacher["revision"], capture.identity.get("dtype"),
                 json.dumps(capture.identity["targets"]), list(capture.derived_from), capture.created,
             ]
         )  # fmt: skip

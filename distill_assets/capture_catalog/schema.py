@@ -85,7 +85,8 @@ _SUPPORT = {
 }
 
 # What a capture's examples are like, computed from its Parquet file. Support and tail are made a
-# distribution by dividing by their sum (rounding makes it 1.02 or so).
+# distribution by dividing by their sum (rounding makes it 1.02 or so). Where an entropy or gold
+# log-probability is not known, neither is their mean.
 _EXAMPLES_OF_FILE = """
 INSERT INTO examples
 WITH rows AS (
@@ -103,7 +104,9 @@ WITH rows AS (
     GROUP BY row
 )
 SELECT $shard, row, key, id, $capture_id, $version, len(input_ids), len(positions), weight, truncated,
-       list_avg(entropy), mean_kept_mass, exp(-list_avg(gold_logprob)), top1_is_gold, $created::TIMESTAMPTZ
+       CASE WHEN list_count(entropy) = len(entropy) THEN list_avg(entropy) END, mean_kept_mass,
+       CASE WHEN list_count(gold_logprob) = len(gold_logprob) THEN exp(-list_avg(gold_logprob)) END,
+       top1_is_gold, $created::TIMESTAMPTZ
 FROM rows JOIN kept USING (row) JOIN hits USING (row)
 ORDER BY row
 """

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Literal
 
-from distill_assets.foundation.errors import SettingsError, UnreadableFile
+from distill_assets.foundation.errors import SettingsError, UnreadableFile, UsageError
 from distill_assets.foundation.fingerprints import HashCache
 from distill_assets.foundation.settings import DataSettings
 
@@ -102,6 +102,28 @@ def key_problem(key: str) -> str | None:
     if len(key.encode()) > KEY_BYTES:
         return f"the key {key[:20]!r}... is longer than {KEY_BYTES} bytes"
     return None
+
+
+def place_of_shard(root: Path, data: DataSettings, key: str) -> Path:
+    """Where a JSONL file must lie to be the shard `key`; UsageError where none could, or another file is that shard."""
+    if reason := key_problem(key):
+        raise UsageError(f"{reason}; give another with --shard")
+    pattern = PurePath(data.shards)
+    name = f"{key}.jsonl"
+    if any(character in str(pattern.parent) for character in "*?[") or pattern.name == "**":
+        raise UsageError(
+            f"data.shards is {data.shards}, which names no one folder to put {name} into; "
+            "use a pattern such as shards/*.jsonl"
+        )
+    if not fnmatchcase(name, pattern.name):
+        raise UsageError(
+            f"data.shards ({data.shards}) does not match {name}; give another --shard, or mend the pattern"
+        )
+    folder = root / pattern.parent
+    for other in _matching_files(root, data.shards):
+        if other.name != name and (ending := _ending(other.name)) and other.name.removesuffix(ending) == key:
+            raise UsageError(f"shard {key} is there as {other}; remove that file, or give another --shard")
+    return folder / name
 
 
 def _matching_files(root: Path, pattern: str) -> list[Path]:

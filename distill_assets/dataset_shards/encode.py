@@ -96,7 +96,8 @@ class Encoder:
         return ChatEncoder(self._tokenizer)
 
     @cached_property
-    def _ids_with_token(self) -> frozenset[int]:
+    def ids_with_token(self) -> frozenset[int]:
+        """The real ids: what a row, and a teacher's distribution, may hold."""
         return frozenset(i for i in self._tokenizer.get_vocab().values() if i < self.n_real)
 
     def encode(self, row: Row) -> EncodedRow | BadRow:
@@ -142,7 +143,7 @@ class Encoder:
         for i, value in enumerate(ids):
             if value >= self.n_real:
                 raise _BadIds(f"input_ids[{i}] is {value}, but the teacher's ids end at {self.n_real - 1}")
-            if value not in self._ids_with_token:
+            if value not in self.ids_with_token:
                 raise _BadIds(f"input_ids[{i}] is {value}, an id the teacher's tokenizer has no token for")
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -30,13 +31,33 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
     without its line break; blank lines are skipped. Parquet: a row a row. Raises UnreadableFile
     when the file is gone or damaged, ShardError when no column of a Parquet file can be a row.
     """
-    try:
+    with _reading(path):
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
-        else:
-            parse = _parse_text if path.suffix == ".txt" else _parse_json
+        elif path.suffix == ".txt":
             for line, content in _lines(path):
-                yield parse(line, content)
+                yield _parse_text(line, content)
+        else:
+            for line, value in read_json_lines(path):
+                yield value if isinstance(value, BadRow) else parse_row(line, value)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (line number, decoded value) of every line of a JSONL file (plain, .gz, .zst) that is not blank.
+
+    In place of a line that is no JSON stands a BadRow that says why. Raises UnreadableFile when the file is
+    gone or damaged.
+    """
+    with _reading(path):
+        for line, content in _lines(path):
+            yield line, _parse_json(line, content)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """UnreadableFile for whatever says that a file is gone or damaged."""
+    try:
+        yield
     except FileNotFoundError:
         raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
     except (OSError, EOFError, zlib.error, pa.ArrowException, pl.exceptions.PolarsError) as error:
@@ -64,9 +85,9 @@ def _decode(content: bytes) -> str:
         ) from None
 
 
-def _parse_json(line: int, content: bytes) -> Row | BadRow:
+def _parse_json(line: int, content: bytes) -> object:
     try:
-        return parse_row(line, json.loads(_decode(content)))
+        return json.loads(_decode(content))
     except json.JSONDecodeError as error:
         cut = "" if content.endswith(b"\n") else "; the file ends in this line without a line break: is it cut off?"
         return BadRow(line, f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1}){cut}")

@@ -57,6 +57,14 @@ class CaptureError(DistillError):
     """A capture could not be made, or a stored one cannot be read."""
 
 
+class InterchangeError(DistillError):
+    """A JSONL file of another engine's log-probabilities cannot be imported as it is."""
+
+
+class PinnedCapture(CaptureError):
+    """A shard was imported, but its imported capture does not fit it as it is now. The teacher must not stand in."""
+
+
 # What is wrong with one shard and says nothing about the others.
 SHARD_FAILURES = (ShardError, UnreadableFile, CaptureError)
 

@@ -41,7 +41,8 @@ def _inputs_are_ready(instance: dg.DagsterInstance, states: AssetStates, asset: 
 
 
 def _attempt(states: AssetStates, key: str) -> str:
-    """What decides how a capture ends: content, settings, and a file that is there but not current."""
+    """What decides how a capture ends: content, settings, and files that are there but not current."""
     pipeline, shard = states.pipeline, states.pipeline.shards[key]
     stale_file = pipeline.store.path_of(pipeline.spec.capture_id, key, shard.version).exists()
-    return f"{states.capture_version(key)} {pipeline.settings.data.on_bad_row} {stale_file}"
+    pinned = pipeline.store.is_pinned(key)
+    return f"{states.capture_version(key)} {pipeline.settings.data.on_bad_row} {stale_file} {pinned}"

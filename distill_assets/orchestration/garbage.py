@@ -27,7 +27,7 @@ from distill_assets.orchestration.instance import (
 )
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
-from distill_assets.teacher_capture.contents import IDENTITY, Needs, contents
+from distill_assets.teacher_capture.contents import Needs, contents, is_ours
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
         if _is_link(root, kept):
             continue
         for folder in sorted(root.glob("*")):
-            ours = IDENTITY.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+            ours = is_ours(folder.name) and folder.is_dir() and not folder.is_symlink()
             if ours and folder.name not in names:
                 yield Removal(root.name.removesuffix("s"), folder, size_of(folder))
 

@@ -38,15 +38,17 @@ def of_capture(capture: Capture, written: bool) -> Metadata:
         "supervised tokens": stats.supervised_tokens,
         "bytes": capture.bytes,
         "bytes per token": round(capture.bytes_per_token, 1),
-        "mean entropy (nats)": round(stats.mean_entropy, 4),
         "mean kept mass": round(stats.mean_kept_mass, 4),
         "mean ids kept": round(stats.mean_kept_ids, 2),
-        "teacher perplexity": round(stats.teacher_perplexity, 3),
         "truncated rows": stats.truncated_rows,
         "bad rows": stats.bad_rows,
         "capture id": capture.capture_id,
         "file": dg.MetadataValue.path(capture.path),
     }
+    if stats.mean_entropy is not None:
+        values["mean entropy (nats)"] = round(stats.mean_entropy, 4)
+    if stats.teacher_perplexity is not None:
+        values["teacher perplexity"] = round(stats.teacher_perplexity, 3)
     if capture.derived_from:
         values["derived from"] = ", ".join(capture.derived_from)
     if written:
@@ -126,9 +128,9 @@ def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
             "examples": entry.capture.stats.rows,
             "tokens": entry.capture.stats.tokens,
             "bytes per token": round(entry.capture.bytes_per_token, 1),
-            "mean entropy": round(entry.capture.stats.mean_entropy, 3),
+            "mean entropy": _rounded(entry.capture.stats.mean_entropy, 3),
             "kept mass": round(entry.capture.stats.mean_kept_mass, 4),
-            "teacher perplexity": round(entry.capture.stats.teacher_perplexity, 2),
+            "teacher perplexity": _rounded(entry.capture.stats.teacher_perplexity, 2),
         }
         for entry in pipeline.entries[:MOST_LISTED]
     ]
@@ -143,6 +145,10 @@ def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
         "captures": table(captures),
         "file": dg.MetadataValue.path(pipeline.home.catalog),
     }
+
+
+def _rounded(value: float | None, digits: int) -> float | str:
+    return "not known" if value is None else round(value, digits)
 
 
 def of_student(record: StudentRecord, folder: Path, written: bool) -> Metadata:

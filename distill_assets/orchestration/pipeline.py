@@ -5,14 +5,15 @@ and command makes a new one, so an edit is seen at once. Nothing here knows Dags
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
-from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards
-from distill_assets.foundation.errors import CaptureError, StaleInputs
+from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
+from distill_assets.foundation.errors import CaptureError, PinnedCapture, StaleInputs
 from distill_assets.foundation.files import write_json
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
@@ -21,6 +22,7 @@ from distill_assets.orchestration import compatibility
 from distill_assets.student_model.initial import require_layers
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
+from distill_assets.teacher_capture.importing import ImportReport, import_jsonl
 from distill_assets.teacher_capture.plan import CapturePlan, plan_capture
 from distill_assets.teacher_capture.store import Capture, CaptureStore
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport, require_compatible
@@ -124,9 +126,21 @@ class Pipeline:
 
     def capture_of(self, shard: Shard) -> Capture:
         """The current capture of a shard; StaleInputs when there is none."""
-        if found := self.store.current(self.spec.capture_id, shard, self.spec.encoder.skips_bad_rows):
+        if found := self.store.current(self.spec, shard):
             return found
         raise StaleInputs(f"shard {shard.key} has no current capture; `distill run` captures it")
+
+    def capture_id_of(self, shard: Shard) -> str:
+        """The identity a current capture of this shard has: its own where it was imported, else the home's."""
+        with suppress(PinnedCapture):
+            if pinned := self.store.pinned(self.spec, shard):
+                return pinned.capture_id
+        return self.spec.capture_id
+
+    def import_jsonl(self, source: Path, key: str, *, shifted: bool, replace: bool) -> ImportReport:
+        """Make another engine's log-probabilities the shard `key` and its pinned capture."""
+        shard_file = place_of_shard(self.home.root, self.settings.data, key)
+        return import_jsonl(source, key, self.spec, self.store, shard_file, shifted=shifted, replace=replace)
 
     @cached_property
     def entries(self) -> tuple[CatalogEntry, ...]:

@@ -56,4 +56,5 @@ class AssetStates:
 
     def capture_version(self, key: str) -> str:
         """Data version of one shard, and of its capture once it is made."""
-        return shard_data_version(self.pipeline.shard(key).version, self.pipeline.spec.capture_id)
+        shard = self.pipeline.shard(key)
+        return shard_data_version(shard.version, self.pipeline.capture_id_of(shard))

@@ -81,6 +81,7 @@ class StudentSide:
     def ids(self) -> dict[StudentKind, str]:
         """Identity of each student that should exist; reads row keys only."""
         rows = {role: [k for e in self._entries(role) for k in read_row_keys(e.capture.path)] for role in _LEARNT_FROM}
+        captures = {entry.capture.capture_id for role in _LEARNT_FROM for entry in self._entries(role)}
         spec = self.pipeline.spec
         start = initial_weights_fingerprint(
             self.settings.student,
@@ -100,7 +101,7 @@ class StudentSide:
                 start,
                 self.vocabulary,
                 spec.identity["tokenizer"],
-                [spec.capture_id],
+                captures,
                 spec.targets,
             )
             for kind in self.kinds

@@ -79,13 +79,19 @@ def parquet_writer(path: Path, targets: TargetSettings, level: int = 17) -> pq.P
     )
 
 
+def _known(values_P: NDArray[np.float16]) -> pa.Array:
+    return pa.array(values_P, mask=np.isnan(values_P))
+
+
 def _lists(values: pa.Array, lengths: Sequence[int] | NDArray[np.int64]) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings) -> pa.Table:
-    """Rows as one table. A position without a tail has a null in `tail_logprob` and no tail samples."""
+    """Rows as one table. A position without a tail has a null in `tail_logprob` and no tail samples; an unknown
+    `gold_logprob` or `entropy` is null.
+    """
     schema = capture_schema(settings)
     targets = [row.targets for row in rows]
     positions = [t.n_positions for t in targets]
@@ -111,8 +117,7 @@ def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings) -> pa.Table:
     tail_P = rounded("tail_logprob_P")
     per_position = {
         "tail_logprob": pa.array(tail_P, mask=np.isneginf(tail_P)),
-        "gold_logprob": pa.array(rounded("gold_logprob_P")),
-        "entropy": pa.array(rounded("entropy_P")),
+        **{name: _known(rounded(f"{name}_P")) for name in ("gold_logprob", "entropy")},
     }
     ids = np.concatenate([row.input_ids for row in rows]).astype(np.int32) if rows else np.zeros(0, dtype=np.int32)
     columns = [
@@ -168,10 +173,12 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     weights = _split_lists(table["weights"])[1] if "weights" in table.column_names else None
     samples = _padded_ids(*_split_lists(table["tail_sample_ids"])) if "tail_sample_ids" in table.column_names else None
 
-    def floats(name: str) -> NDArray[np.float32]:
-        return _split(table[name])[1].cast(pa.float32()).fill_null(-np.inf).to_numpy(zero_copy_only=False)
+    def floats(name: str, null: float) -> NDArray[np.float32]:
+        return _split(table[name])[1].cast(pa.float32()).fill_null(null).to_numpy(zero_copy_only=False)
 
-    tail, gold, entropy = (floats(name) for name in _PER_POSITION)
+    tail, gold, entropy = (
+        floats(name, null) for name, null in zip(_PER_POSITION, (-np.inf, np.nan, np.nan), strict=True)
+    )
     ids, positions = ids.to_numpy(), positions.to_numpy()
     plain = table.select(["row", "key", "id", "weight", "truncated"]).to_pylist()
     rows: list[CapturedRow] = []

@@ -59,13 +59,14 @@ def capture_shard(
     """Make the capture of `shard` under `spec` current.
 
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
-    only if a row is left for it. `force` recaptures every row; a damaged capture is made again. What is
+    only if a row is left for it. `force` recaptures every row; a damaged capture is made again; an imported
+    one stands whatever is asked, and PinnedCapture is raised where it does not fit the shard. What is
     wrong with the shard is recorded in the store under this content and raised; anything else (a device,
     a full disk) only raised. The file appears whole or not at all; a killed run goes on from its last
     finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
-    if not force and (current := _current(spec, shard, store)):
+    if current := store.pinned(spec, shard) or (None if force else _current(spec, shard, store)):
         return CaptureReport(current, written=False)
     with _alone(store.lock(*name)):
         if not force and (current := _current(spec, shard, store)):
@@ -92,7 +93,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | None:
     try:
-        return store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows)
+        return store.current(spec, shard)
     except CaptureError:
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureSta
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
-_FAST = 1  # level of zstd for files that live as long as the capture is under way
+SHORT_LIVED = 1  # level of zstd for files that live as long as the capture is under way
 _BUDGET = "forward_tokens.json"
 
 
@@ -94,7 +95,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Figures:
-    """Sums over rows (float64), and what the teacher did for them."""
+    """Sums over rows (float64; NaN where a term is not known), and what the teacher did for them."""
 
     rows: int
     tokens: int
@@ -136,9 +137,9 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
         tokens=whole.tokens,
         supervised_tokens=n,
         kept_ids=whole.kept_ids,
-        mean_entropy=whole.entropy / n,
+        mean_entropy=None if math.isnan(whole.entropy) else whole.entropy / n,
         mean_kept_mass=whole.kept_mass / n,
-        teacher_perplexity=math.exp(-whole.gold_logprob / n),
+        teacher_perplexity=_perplexity(whole.gold_logprob / n),
         truncated_rows=whole.truncated_rows,
         bad_rows=bad_rows,
         rows_without_target=rows_without_target,
@@ -147,6 +148,11 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
         tokens_captured=whole.tokens_captured,
         seconds=whole.seconds,
     )
+
+
+def _perplexity(mean_logprob: float) -> float | None:
+    """None where it is not known, or more than a float holds."""
+    return math.exp(-mean_logprob) if -mean_logprob < math.log(sys.float_info.max) else None
 
 
 def derived_sources(file: Path) -> list[str]:
@@ -184,7 +190,7 @@ class ChunkFolder:
 
     def write(self, chunk: Chunk, table: pa.Table, figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
-        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self.targets, _FAST) as writer:
+        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self.targets, SHORT_LIVED) as writer:
             writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})

@@ -21,7 +21,7 @@ from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import captured_keys
-from distill_assets.teacher_capture.store import LOCK, CaptureStore
+from distill_assets.teacher_capture.store import IMPORTED, LOCK, CaptureStore
 
 ItemKind = Literal["capture", "unfinished", "failure", "leftover", "stranger", "empty"]
 IDENTITY = re.compile(rf"[0-9a-f]{{{SHORT}}}")  # the name of a folder that is named by an identity
@@ -49,7 +49,7 @@ class Item:
 def contents(root: Path) -> Iterator[Item]:
     """Everything in `captures/`, by name."""
     for folder in _entries(root):
-        if not (folder.is_dir(follow_symlinks=False) and IDENTITY.fullmatch(folder.name)):
+        if not (folder.is_dir(follow_symlinks=False) and is_ours(folder.name)):
             yield Item(_unnamed(folder), Path(folder.path))
             continue
         inside = _entries(folder.path)
@@ -57,6 +57,11 @@ def contents(root: Path) -> Iterator[Item]:
             yield Item("empty", Path(folder.path), folder.name)
         for entry in inside:
             yield _item(entry, folder.name)
+
+
+def is_ours(folder: str) -> bool:
+    """Whether a folder of captures has this name."""
+    return folder == IMPORTED or IDENTITY.fullmatch(folder) is not None
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -87,6 +92,8 @@ class Needs:
         self._uncaptured = [shard for shard in discovery.shards if not _is_captured(spec, shard, store)]
         self._contents = {(shard.key, shard.version[:SHORT]) for shard in discovery.shards}
         self._current = {store.path_of(spec.capture_id, shard.key, shard.version) for shard in discovery.shards}
+        # Nobody could make them again: they stay as long as there is a shard of their name.
+        self._pinned = {shard.key for shard in discovery.shards} | {problem.key for problem in discovery.problems}
         self._to_copy_from = self._files_to_copy_from({problem.key for problem in discovery.problems})
         self._to_go_on_from = {store.unfinished(spec.capture_id, s.key, s.version) for s in self._uncaptured}
 
@@ -100,6 +107,8 @@ class Needs:
         """
         if item.kind == "failure":
             return item.capture_id == self._spec.capture_id and (item.shard, item.version) in self._contents
+        if item.capture_id == IMPORTED:
+            return item.kind == "stranger" or (item.kind == "capture" and item.shard in self._pinned)
         if item.kind == "capture":
             return self.is_current(item) or item.path in self._to_copy_from
         if item.kind == "unfinished":
@@ -127,6 +136,6 @@ class Needs:
 
 def _is_captured(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> bool:
     try:
-        return store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows) is not None
+        return store.current(spec, shard) is not None
     except CaptureError:
         return False

@@ -25,7 +25,7 @@ from distill_assets.foundation.problems import ProblemKind
 from distill_assets.teacher_capture.arrow import POSITION_STEPS, from_arrow
 from distill_assets.teacher_capture.chunks import Cost, Figures, total_stats
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import Capture, read_capture
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, read_capture
 
 MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 1/32 of each id, less of the tail
 FLOAT16 = 2.0**-11  # relative rounding of a stored float16
@@ -47,7 +47,7 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
         for rows in capture_row_groups(path):
             start = sum(part.rows for part in parts)
             for i, row in enumerate(rows):
-                if reason := _row_problem(row, start + i, n_ids, capture.identity["targets"]["kind"]):
+                if reason := _row_problem(row, start + i, n_ids, capture):
                     raise CaptureError(f"row {start + i}: {reason}")
             parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
         if reason := statistics_problem(capture, parts):
@@ -88,17 +88,15 @@ def _uneven_column(table: pa.Table) -> str | None:
 def _footer_problem(capture: Capture) -> str | None:
     """What the footer says that its file's place or its own identity does not."""
     place = (capture.path.parent.name, capture.path.stem)
-    if place != (capture.capture_id, f"{capture.shard}@{capture.version[:SHORT]}"):
-        return (
-            f"by its footer it is {capture.capture_id}/{capture.shard}@{capture.version[:SHORT]}, "
-            f"by its name {'/'.join(place)}"
-        )
+    folder = IMPORTED if capture.is_imported else capture.capture_id
+    if place != (folder, f"{capture.shard}@{capture.version[:SHORT]}"):
+        return f"by its footer it is {folder}/{capture.shard}@{capture.version[:SHORT]}, by its name {'/'.join(place)}"
     if digest(dict(capture.identity)) != capture.capture_id:
         return f"the identity in its footer is not that of capture {capture.capture_id}"
     return None
 
 
-def _row_problem(row: CapturedRow, number: int, n_ids: int | None, kind: str) -> str | None:
+def _row_problem(row: CapturedRow, number: int, n_ids: int | None, capture: Capture) -> str | None:
     targets, n_tokens = row.targets, len(row.input_ids)
     positions_P = targets.positions_P
     if row.row != number:
@@ -113,14 +111,14 @@ def _row_problem(row: CapturedRow, number: int, n_ids: int | None, kind: str) ->
     mask_T[positions_P + 1] = True
     if row_key(row.input_ids, mask_T) != row.key:
         return "its key is not the hash of its tokens and positions"
-    return _targets_problem(targets, n_ids, kind)
+    return _targets_problem(targets, n_ids, capture)
 
 
 def _in_range(values: np.ndarray, end: int | None) -> bool:
     return bool((values >= 0).all() and (end is None or (values < end).all()))
 
 
-def _targets_problem(targets: SparseTargets, n_ids: int | None, kind: str) -> str | None:
+def _targets_problem(targets: SparseTargets, n_ids: int | None, capture: Capture) -> str | None:
     position_N = np.repeat(np.arange(targets.n_positions), targets.kept_P)
     logprobs_N = targets.support_logprobs_N
     if not targets.kept_P.all():
@@ -137,11 +135,12 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, kind: str) -> st
         return "log-probabilities that are not descending"
     for name in ("tail_logprob", "gold_logprob", "entropy"):
         values_P = getattr(targets, f"{name}_P")
-        if np.isnan(values_P).any() or np.isposinf(values_P).any():
+        may_be_unknown = capture.is_imported and name != "tail_logprob"
+        if (np.isnan(values_P).any() and not may_be_unknown) or np.isposinf(values_P).any():
             return f"{name} that is not a number"
     log_mass_P = targets.log_total_mass_P()
     # Of a distribution that keeps no account of the rest, the kept ids are any part.
-    off_P = np.abs(log_mass_P) if kind == "top_k" else log_mass_P
+    off_P = np.abs(log_mass_P) if capture.identity["targets"]["kind"] == "top_k" else log_mass_P
     if (off_P > MOST_LOG_MASS).any():
         worst = int(off_P.argmax())
         return f"position {targets.positions_P[worst]} holds a mass of {math.exp(log_mass_P[worst]):.3f}, not 1"
@@ -167,12 +166,20 @@ def statistics_problem(capture: Capture, parts: Sequence[Figures]) -> str | None
     precision = capture.identity["targets"]["precision"]
     means = {
         "mean_entropy": (said.mean_entropy, found.mean_entropy),
-        "mean gold_logprob": (-math.log(said.teacher_perplexity), -math.log(found.teacher_perplexity)),
+        "mean gold_logprob": (_mean_gold(said), _mean_gold(found)),
     }
     for name, (in_footer, in_rows) in means.items():
+        if in_footer is None or in_rows is None:
+            if in_footer is not in_rows:
+                return f"{name} is known to its footer or to its rows, not to both"
+            continue
         most = position_rounding(in_footer, precision) + 1e-4
         if math.isfinite(in_footer) and math.isfinite(in_rows) and abs(in_footer - in_rows) > most:
             return f"its footer says {name} {in_footer:.4f}, its rows {in_rows:.4f}"
     if abs(said.mean_kept_mass - found.mean_kept_mass) > _KEPT_MASS_OFF:
         return f"its footer says mean_kept_mass {said.mean_kept_mass:.4f}, its rows {found.mean_kept_mass:.4f}"
     return None
+
+
+def _mean_gold(stats: CaptureStats) -> float | None:
+    return None if stats.teacher_perplexity is None else -math.log(stats.teacher_perplexity)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import Capture, read_rows
+from distill_assets.teacher_capture.store import Capture, read_row_groups
 
 
 def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
@@ -20,7 +22,7 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
 
     Log-probabilities are as stored. Positions that were not scored, and the last, are `[]` (null
     in the lists of one number a position). `id` and `weight` are written where a row has one; a
-    weight of 1 is left out. One shard is in memory at a time; the file appears whole
+    weight of 1 is left out. One row group is in memory at a time; the file appears whole
     or not at all. Returns the number of rows written. Raises CaptureError for captures of anything but
     plain top_k: what was drawn would read there as if it were the teacher's likeliest ids.
     """
@@ -28,9 +30,10 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
         for capture in captures:
             _require_plain(capture)
-            for row in read_rows(capture.path):
-                stream.write(json.dumps(_as_object(row), ensure_ascii=False, separators=(",", ":")) + "\n")
-                rows += 1
+            for group in read_row_groups(capture.path):
+                for row in group:
+                    stream.write(json.dumps(_as_object(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+                rows += len(group)
     return rows
 
 
@@ -53,23 +56,23 @@ def _as_object(row: CapturedRow) -> dict[str, Any]:
         name: [None] * n_tokens for name in ("tail_logprob", "gold_logprob", "entropy")
     }
     loss_mask = [0] * n_tokens
+    ids, logprobs = targets.support_ids_N.tolist(), _short(targets.support_logprobs_N)
+    known = {name: _short(getattr(targets, f"{name}_P")) for name in numbers}
     for p, t in enumerate(targets.positions_P.tolist()):
         part = slice(targets.offsets_P1[p], targets.offsets_P1[p + 1])
-        topk_ids[t] = targets.support_ids_N[part].tolist()
-        topk_logprobs[t] = [_short(x) for x in targets.support_logprobs_N[part]]
+        topk_ids[t], topk_logprobs[t] = ids[part], logprobs[part]
         for name, values in numbers.items():
-            value = getattr(targets, f"{name}_P")[p]
-            values[t] = _short(value) if np.isfinite(value) else None
+            values[t] = known[name][p] if math.isfinite(known[name][p]) else None
         loss_mask[t + 1] = 1
     line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "topk_ids": topk_ids, "topk_logprobs": topk_logprobs}
     line |= numbers | {"loss_mask": loss_mask}
     if row.id is not None:
         line["id"] = row.id
     if row.weight != 1:
-        line["weight"] = _short(np.float32(row.weight))
+        [line["weight"]] = _short(np.array([row.weight], dtype=np.float32))
     return line
 
 
-def _short(value: np.float32) -> float:
-    """The shortest decimal that reads back as the same float32."""
-    return float(np.format_float_positional(value, unique=True, trim="0"))
+def _short(values: NDArray[np.float32]) -> list[float]:
+    """The shortest decimals that read back as the same float32s."""
+    return values.astype(str).astype(np.float64).tolist()

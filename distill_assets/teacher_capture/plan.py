@@ -14,7 +14,7 @@ from typing import Literal
 
 from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.foundation.errors import CaptureError, DistillError, PinnedCapture
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
@@ -39,7 +39,9 @@ class ShardPlan:
 
     @property
     def is_to_capture(self) -> bool:
-        """Whether a run would capture it. What failed before is tried again, unless its rows cannot be read at all."""
+        """Whether a run would capture it. What failed before is tried again, unless its rows cannot be read at all, or
+        it was imported.
+        """
         return self.rows is not None and self.state != "current"
 
 
@@ -110,9 +112,12 @@ def _plan_shard(
     spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History, experience: _Experience
 ) -> ShardPlan:
     try:
-        if current := store.current(spec.capture_id, shard, spec.encoder.skips_bad_rows):
-            return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
+        if current := store.current(spec, shard):
+            reason = "imported" if current.is_imported else "captured as it is"
+            return ShardPlan(shard.key, "current", reason, current.stats.rows, 0, 0)
         state, reason = _why(spec, shard, store, history)
+    except PinnedCapture as error:
+        return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     except CaptureError as damaged:
         state, reason = "failed", str(damaged)
     try:

@@ -26,7 +26,8 @@ class SparseTargets:
     the log of the mass outside the kept ids, -inf where nothing is outside. `weights_N` says what
     a kept id counts in training where chance had a part in keeping it; None where it counts what it
     is likely. `tail_sample_ids_PS` are ids drawn from the tail, -1 where there is none; None
-    where no such ids were asked for.
+    where no such ids were asked for. `gold_logprob_P` and `entropy_P` are NaN where they are not known,
+    as in captures of other engines.
     """
 
     positions_P: NDArray[np.int32]

@@ -2,6 +2,9 @@
 
 The store is the truth; catalog and Dagster records describe it. A file's footer says what it is:
 identity, settings, what a position means, statistics, tool versions.
+
+Captures that were imported lie in `captures/imported/` and are pinned: what another engine said of a
+shard comes before what the teacher would say, and neither serves rows of the other.
 """
 
 from __future__ import annotations
@@ -14,22 +17,26 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, PinnedCapture
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
+if TYPE_CHECKING:
+    from distill_assets.teacher_capture.identity import CaptureSpec
+
 FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
+IMPORTED = "imported"  # the folder of pinned captures, and the source their footers name
 _UNFINISHED = ".unfinished-"
 LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
@@ -37,15 +44,19 @@ _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 
 @dataclass(frozen=True)
 class CaptureStats:
-    """What a capture holds (means are over supervised positions) and what making it took."""
+    """What a capture holds (means are over supervised positions) and what making it took.
+
+    `mean_entropy` and `teacher_perplexity` are None where a position's is not known: the mean over the others
+    would be that of another choice of positions. A perplexity that no float holds is None too.
+    """
 
     rows: int
     tokens: int
     supervised_tokens: int
     kept_ids: int
-    mean_entropy: float
+    mean_entropy: float | None
     mean_kept_mass: float
-    teacher_perplexity: float
+    teacher_perplexity: float | None
     truncated_rows: int
     bad_rows: int
     rows_without_target: int
@@ -78,6 +89,10 @@ class Capture:
     teacher: Mapping[str, Any] = field(compare=False)
     created: str = field(compare=False)
     derived_from: tuple[str, ...] = ()
+
+    @property
+    def is_imported(self) -> bool:
+        return self.identity.get("source") == IMPORTED
 
     @property
     def bytes_per_token(self) -> float:
@@ -150,6 +165,16 @@ def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
+def read_row_groups(path: Path) -> Iterator[list[CapturedRow]]:
+    """All rows of a capture file, in order, a row group in memory at a time; CaptureError when it is damaged."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                yield from_arrow(file.read_row_group(group))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+
+
 def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[CapturedRow]:
     """The rows of one row group that have one of these keys; CaptureError when the file is damaged."""
     try:
@@ -178,6 +203,11 @@ class CaptureFile:
         self._writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
 
 
+def _unpin(path: Path, problem: str) -> str:
+    shard = path.stem.rpartition("@")[0]
+    return f"{problem}; import it again, or delete {path.parent / shard}@*.parquet to let the teacher capture it"
+
+
 class CaptureStore:
     """Finds and writes the files below `captures/`. Holds no state of its own."""
 
@@ -187,8 +217,12 @@ class CaptureStore:
     def path_of(self, capture_id: str, shard: str, version: str) -> Path:
         return self.root / capture_id / f"{shard}@{version[:SHORT]}.parquet"
 
+    def pinned_path(self, shard: str, version: str) -> Path:
+        return self.path_of(IMPORTED, shard, version)
+
     def capture_ids(self) -> list[str]:
-        return sorted(folder.name for folder in self.root.glob("*") if folder.is_dir())
+        """Identities under which a teacher was run here; what was imported is none of them."""
+        return sorted(folder.name for folder in self.root.glob("*") if folder.is_dir() and folder.name != IMPORTED)
 
     def files(self, capture_id: str) -> dict[tuple[str, str], Path]:
         """(shard, short version) -> file, for one capture identity."""
@@ -213,10 +247,42 @@ class CaptureStore:
             )
         return found
 
-    def current(self, capture_id: str, shard: Shard, skip_bad_rows: bool) -> Capture | None:
-        """`find`, but a capture that left out bad rows is not current where such rows fail the shard."""
-        found = self.find(capture_id, shard.key, shard.version)
-        return found if found is None or skip_bad_rows or not found.stats.bad_rows else None
+    def current(self, spec: CaptureSpec, shard: Shard) -> Capture | None:
+        """The capture that stands for this shard as it is: the pinned one, else that of this identity, unless it
+        left out bad rows and such rows fail the shard.
+
+        PinnedCapture when the shard was imported and the import does not fit, CaptureError when the
+        teacher's capture is damaged.
+        """
+        if pinned := self.pinned(spec, shard):
+            return pinned
+        found = self.find(spec.capture_id, shard.key, shard.version)
+        return found if found is None or spec.encoder.skips_bad_rows or not found.stats.bad_rows else None
+
+    def is_pinned(self, shard: str) -> bool:
+        """Whether any content of this shard was imported: then the teacher never sees it."""
+        return shard in self.known_shards(IMPORTED)
+
+    def pinned(self, spec: CaptureSpec, shard: Shard) -> Capture | None:
+        """The imported capture of this very content, whatever the target settings; None for a shard that was never
+        imported, PinnedCapture when the import is of other content or another tokenizer, or damaged.
+        """
+        path = self.pinned_path(shard.key, shard.version)
+        if not path.exists():
+            if self.is_pinned(shard.key):
+                raise PinnedCapture(
+                    _unpin(path, f"shard {shard.key} is not what was imported: {shard.path} was edited")
+                )
+            return None
+        try:
+            capture = read_capture(path)
+        except CaptureError as error:
+            raise PinnedCapture(_unpin(path, f"shard {shard.key} was imported, but {path} is damaged")) from error
+        if capture.identity["tokenizer"] != spec.identity["tokenizer"]:
+            raise PinnedCapture(
+                _unpin(path, f"shard {shard.key} was imported with another tokenizer than the home has now")
+            )
+        return capture
 
     def known_shards(self, capture_id: str) -> set[str]:
         """Shards of which any version was captured under this identity."""
@@ -236,9 +302,12 @@ class CaptureStore:
         return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
 
     @contextmanager
-    def publishing(self, capture_id: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:
-        """A capture file to fill, a row group a table; when the block ends it appears whole, or not at all."""
-        path = self.path_of(capture_id, shard, version)
+    def publishing(self, folder: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:
+        """A capture file to fill, a row group a table; when the block ends it appears whole, or not at all.
+
+        `folder` is its capture id, or IMPORTED.
+        """
+        path = self.path_of(folder, shard, version)
         with replacing(path) as beside, parquet_writer(beside, targets) as writer:
             yield CaptureFile(path, writer)
 

@@ -1,0 +1,226 @@
+"""Log-probabilities of another engine (vLLM, SGLang, an API) made a shard and its pinned capture.
+
+The file is read once, a chunk of rows in memory at a time. What the shard's version and the capture's identity
+are is known only at its end, so both are staged beside the imported captures and then published: the
+capture first. A kill between the two leaves a capture that the same import finds and uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_assets.dataset_shards.read import read_json_lines
+from distill_assets.dataset_shards.rows import BadRow
+from distill_assets.foundation.errors import CaptureError, InterchangeError
+from distill_assets.foundation.files import PARTIAL, replacing
+from distill_assets.foundation.fingerprints import content_hash, digest
+from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
+from distill_assets.teacher_capture.chunks import SHORT_LIVED, Cost, Figures, total_stats
+from distill_assets.teacher_capture.foreign_rows import ForeignRow, ForeignRows
+from distill_assets.teacher_capture.identity import FORMAT_VERSION, CaptureSpec
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
+
+CHUNK_NUMBERS = 1 << 19  # tokens and kept ids of the rows in memory at once, which are one row group
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """An imported shard. `written` is False when this very content was there already.
+
+    `dropped_last` counts rows whose last position was filled, `dropped_unsupervised` filled positions
+    whose next token is no target.
+    """
+
+    capture: Capture
+    shard_file: Path
+    written: bool
+    dropped_last: int
+    dropped_unsupervised: int
+
+
+def import_jsonl(
+    source: Path,
+    key: str,
+    spec: CaptureSpec,
+    store: CaptureStore,
+    shard_file: Path,
+    *,
+    shifted: bool = False,
+    replace: bool = False,
+    chunk_numbers: int = CHUNK_NUMBERS,
+) -> ImportReport:
+    """Import `source` (plain, .gz or .zst) as the shard `key`, whose rows become `shard_file`.
+
+    Raises InterchangeError, naming the line, when a line cannot be used, and when other content is
+    there already, unless `replace`; UnreadableFile when `source` is gone or damaged. Then nothing changed.
+    At most `chunk_numbers` numbers, and those of one row, are in memory at once.
+    """
+    folder = store.root / IMPORTED
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
+        staged = _Staged(Path(scratch), spec.targets.precision)
+        staged.write(_chunks(_rows(source, ForeignRows(spec.encoder, shifted)), chunk_numbers))
+        if not staged.parts:
+            raise InterchangeError(f"{source}: there are no rows in it, so nothing was imported")
+        version = content_hash(staged.shard)
+        identity = staged.identity(spec)
+        capture = _unchanged(store.pinned_path(key, version), digest(identity))
+        same_shard = shard_file.exists() and content_hash(shard_file) == version
+        if not replace:
+            _require_free(key, shard_file, same_shard, store.pinned_path(key, version), capture)
+        written = capture is None or not same_shard
+        if capture is None:
+            footer = {
+                "format_version": FORMAT_VERSION,
+                "source": IMPORTED,
+                "capture_id": digest(identity),
+                "shard": key,
+                "version": version,
+                "identity": identity,
+                "teacher": {"name": f"{IMPORTED} from {source.name}", "revision": None},
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            with store.publishing(IMPORTED, key, version, staged.settings) as file:
+                for table in staged.tables():
+                    file.append(table)
+                file.describe(footer, total_stats(staged.parts, bad_rows=0, rows_without_target=0))
+            capture = read_capture(file.path)
+        if not same_shard:
+            with replacing(shard_file) as beside:
+                shutil.copyfile(staged.shard, beside)
+        return ImportReport(capture, shard_file, written, staged.dropped_last, staged.dropped_unsupervised)
+
+
+def _rows(source: Path, foreign: ForeignRows) -> Iterator[ForeignRow]:
+    for line, value in read_json_lines(source):
+        row = foreign.read(line, value)
+        if isinstance(row, BadRow):
+            raise InterchangeError(f"{source} line {line}: {row.reason}\nnothing was imported")
+        yield row
+
+
+def _unchanged(path: Path, capture_id: str) -> Capture | None:
+    """The capture at `path` if it is this one, whole."""
+    try:
+        capture = read_capture(path) if path.exists() else None
+    except CaptureError:
+        return None
+    return capture if capture and capture.capture_id == capture_id else None
+
+
+def _require_free(key: str, shard_file: Path, same_shard: bool, pinned: Path, capture: Capture | None) -> None:
+    """InterchangeError when rows or log-probabilities of other content are in the way."""
+    if shard_file.exists() and not same_shard:
+        other = f"shard {key} is there with other rows ({shard_file})"
+    elif pinned.exists() and capture is None:
+        other = f"shard {key} was imported before, with other log-probabilities ({pinned})"
+    else:
+        return
+    raise InterchangeError(f"{other}; import with --replace to replace it, or give another --shard")
+
+
+class _Staged:
+    """What was read so far: the shard's rows and the capture's row groups, and their sums."""
+
+    def __init__(self, folder: Path, precision: Literal["compact", "exact"]) -> None:
+        self.shard, self._file = folder / "shard.jsonl", folder / "targets.parquet"
+        self._precision: Literal["compact", "exact"] = precision
+        self._content = hashlib.sha256()
+        self.parts: list[Figures] = []
+        self.dropped_last = self.dropped_unsupervised = self._most_kept = 0
+
+    def write(self, chunks: Iterator[list[ForeignRow]]) -> None:
+        """Take in all rows, a chunk at a time."""
+        with (
+            self.shard.open("w", encoding="utf-8") as shard,
+            parquet_writer(self._file, self.settings, SHORT_LIVED) as writer,
+        ):
+            start = 0
+            for chunk in chunks:
+                shard.writelines(json.dumps(row.own, ensure_ascii=False, separators=(",", ":")) + "\n" for row in chunk)
+                captured = [_captured(start + i, row) for i, row in enumerate(chunk)]
+                writer.write_table(to_arrow(captured, self.settings))
+                self.parts.append(Figures.of(captured, Cost(0, 0, 0.0)))
+                for row in chunk:
+                    self._note(row)
+                start += len(chunk)
+
+    def _note(self, row: ForeignRow) -> None:
+        self.dropped_last += row.dropped_last
+        self.dropped_unsupervised += row.dropped_unsupervised
+        self._most_kept = max(self._most_kept, int(row.targets.kept_P.max()))
+        self._content.update(row.encoded.key.encode())
+        for values in _arrays(row.targets):
+            self._content.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes())
+
+    @property
+    def settings(self) -> TargetSettings:
+        """Target settings that say what is kept; as many ids as the fullest position so far."""
+        return TargetSettings(k=max(1, self._most_kept), precision=self._precision)
+
+    def identity(self, spec: CaptureSpec) -> dict[str, Any]:
+        """What the capture is: these distributions of these rows, stored in this way. No teacher of the home's."""
+        return {
+            "format": FORMAT_VERSION,
+            "source": IMPORTED,
+            "tokenizer": spec.identity["tokenizer"],
+            "targets": self.settings.identity,
+            "content": self._content.hexdigest(),
+        }
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The capture's row groups, as stored."""
+        with pq.ParquetFile(self._file, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group)
+
+
+def _chunks(rows: Iterator[ForeignRow], chunk_numbers: int) -> Iterator[list[ForeignRow]]:
+    chunk: list[ForeignRow] = []
+    numbers = 0
+    for row in rows:
+        chunk.append(row)
+        numbers += len(row.encoded.input_ids) + len(row.targets.support_ids_N)
+        if numbers >= chunk_numbers:
+            yield chunk
+            chunk, numbers = [], 0
+    if chunk:
+        yield chunk
+
+
+def _arrays(targets: SparseTargets) -> tuple[np.ndarray, ...]:
+    return (
+        targets.offsets_P1,
+        targets.support_ids_N,
+        targets.support_logprobs_N,
+        targets.tail_logprob_P,
+        targets.gold_logprob_P,
+        targets.entropy_P,
+    )
+
+
+def _captured(number: int, row: ForeignRow) -> CapturedRow:
+    encoded = row.encoded
+    return CapturedRow(
+        row=number,
+        key=encoded.key,
+        id=encoded.id,
+        input_ids=encoded.input_ids,
+        weight=encoded.weight,
+        truncated=False,
+        targets=row.targets,
+    )
