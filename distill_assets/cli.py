@@ -314,7 +314,10 @@ def export(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="The JSONL file to read; .gz and .zst are decompressed.")
+        Path,
+        typer.Argument(
+            metavar="IN", exists=True, dir_okay=False, help="The JSONL file to read; .gz and .zst are decompressed."
+        ),
     ],
     shard: Annotated[str, typer.Option(help="The key of the shard it becomes.")],
     rows: Annotated[

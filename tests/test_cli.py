@@ -131,6 +131,20 @@ def test_export_writes_one_shard_or_all(made: tuple[Path, dict[str, Any]], tmp_p
     assert "there is no shard nope" in message and not (tmp_path / "none.jsonl").exists()
 
 
+def test_import_takes_what_export_wrote(fresh: Path, tmp_path: Path) -> None:
+    source = tmp_path / "s1.jsonl"
+    answer("export", source, "--shard", "s1", home=fresh)
+    found = answer("import", source, "--shard", "elsewhere", home=fresh)
+    assert (found["rows"], found["shard"], found["written"], found["dropped_last"]) == (6, "elsewhere", True, 0)
+    assert Path(found["path"]) == fresh / "shards" / "elsewhere.jsonl" and Path(found["path"]).is_file()
+    assert "nothing was done" in distill("import", source, "--shard", "elsewhere", home=fresh).stdout
+    assert {p["shard"]: p["state"] for p in answer("plan", home=fresh)["shards"]}["elsewhere"] == "current"
+    message = refusal("import", source, "--shard", "short", "--rows", "shifted", home=fresh)
+    assert "s1.jsonl line 1: topk_ids has" in message and "with --rows shifted\nnothing was imported" in message
+    assert "contains a slash" in refusal("import", source, "--shard", "a/b", home=fresh, code=2)
+    assert "import with --replace" in answer("import", source, "--shard", "s0", home=fresh, code=1)["error"]
+
+
 def test_check_prints_the_verdict(made: tuple[Path, dict[str, Any]], tmp_path: Path, teacher_folder: Path) -> None:
     root, _ = made
     assert answer("check", home=root)["verdict"] == "identical"

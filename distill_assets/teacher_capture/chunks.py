@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
         kept_ids=whole.kept_ids,
         mean_entropy=None if math.isnan(whole.entropy) else whole.entropy / n,
         mean_kept_mass=whole.kept_mass / n,
-        teacher_perplexity=None if math.isnan(whole.gold_logprob) else math.exp(-whole.gold_logprob / n),
+        teacher_perplexity=_perplexity(whole.gold_logprob / n),
         truncated_rows=whole.truncated_rows,
         bad_rows=bad_rows,
         rows_without_target=rows_without_target,
@@ -133,6 +134,11 @@ def total_stats(parts: Iterable[Figures], bad_rows: int, rows_without_target: in
         tokens_captured=whole.tokens_captured,
         seconds=whole.seconds,
     )
+
+
+def _perplexity(mean_logprob: float) -> float | None:
+    """None where it is not known, or more than a float holds."""
+    return math.exp(-mean_logprob) if -mean_logprob < math.log(sys.float_info.max) else None
 
 
 def derived_sources(file: Path) -> list[str]:

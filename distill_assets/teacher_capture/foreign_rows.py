@@ -124,7 +124,7 @@ class ForeignRows:
             hint = "; for lists that lack the last position use --rows shifted" if len(value) == n_tokens - 1 else ""
             raise _Refused(
                 f"{name} has {len(value)} entries for {n_tokens} input_ids; it must have {wanted}"
-                + (" (rows shifted)" if self._shifted else hint)
+                + (" with --rows shifted" if self._shifted else hint)
             )
         return value
 

@@ -61,17 +61,19 @@ def import_jsonl(
     *,
     shifted: bool = False,
     replace: bool = False,
+    chunk_numbers: int = CHUNK_NUMBERS,
 ) -> ImportReport:
     """Import `source` (plain, .gz or .zst) as the shard `key`, whose rows become `shard_file`.
 
     Raises InterchangeError, naming the line, when a line cannot be used, and when other content is
     there already, unless `replace`; UnreadableFile when `source` is gone or damaged. Then nothing changed.
+    At most `chunk_numbers` numbers, and those of one row, are in memory at once.
     """
     folder = store.root / IMPORTED
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
         staged = _Staged(Path(scratch), spec.targets.precision)
-        staged.write(_rows(source, ForeignRows(spec.encoder, shifted)))
+        staged.write(_chunks(_rows(source, ForeignRows(spec.encoder, shifted)), chunk_numbers))
         if not staged.parts:
             raise InterchangeError(f"{source}: there are no rows in it, so nothing was imported")
         version = content_hash(staged.shard)
@@ -138,11 +140,11 @@ class _Staged:
         self.parts: list[Figures] = []
         self.dropped_last = self.dropped_unsupervised = self._most_kept = 0
 
-    def write(self, rows: Iterator[ForeignRow]) -> None:
+    def write(self, chunks: Iterator[list[ForeignRow]]) -> None:
         """Take in all rows, a chunk at a time."""
         with self.shard.open("w", encoding="utf-8") as shard, parquet_writer(self._targets, self._precision) as writer:
             start = 0
-            for chunk in _chunks(rows):
+            for chunk in chunks:
                 shard.writelines(json.dumps(row.own, ensure_ascii=False, separators=(",", ":")) + "\n" for row in chunk)
                 captured = [_captured(start + i, row) for i, row in enumerate(chunk)]
                 writer.write_table(to_arrow(captured, self._precision))
@@ -177,13 +179,13 @@ class _Staged:
                 yield file.read_row_group(group)
 
 
-def _chunks(rows: Iterator[ForeignRow]) -> Iterator[list[ForeignRow]]:
+def _chunks(rows: Iterator[ForeignRow], chunk_numbers: int) -> Iterator[list[ForeignRow]]:
     chunk: list[ForeignRow] = []
     numbers = 0
     for row in rows:
         chunk.append(row)
         numbers += len(row.encoded.input_ids) + len(row.targets.support_ids_N)
-        if numbers >= CHUNK_NUMBERS:
+        if numbers >= chunk_numbers:
             yield chunk
             chunk, numbers = [], 0
     if chunk:

@@ -108,7 +108,8 @@ def _plan_shard(
 ) -> ShardPlan:
     try:
         if current := store.current(spec, shard):
-            return ShardPlan(shard.key, "current", "captured as it is", current.stats.rows, 0, 0)
+            reason = "imported" if current.is_imported else "captured as it is"
+            return ShardPlan(shard.key, "current", reason, current.stats.rows, 0, 0)
         state, reason = _why(spec, shard, store, history)
     except PinnedCapture as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)

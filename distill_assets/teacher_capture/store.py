@@ -44,7 +44,7 @@ class CaptureStats:
     """What a capture holds (means are over supervised positions) and what making it took.
 
     `mean_entropy` and `teacher_perplexity` are None where a position's is not known: the mean over the others
-    would be that of another choice of positions.
+    would be that of another choice of positions. A perplexity that no float holds is None too.
     """
 
     rows: int
@@ -86,6 +86,10 @@ class Capture:
     teacher: Mapping[str, Any] = field(compare=False)
     created: str = field(compare=False)
     derived_from: tuple[str, ...] = ()
+
+    @property
+    def is_imported(self) -> bool:
+        return self.identity.get("source") == IMPORTED
 
     @property
     def bytes_per_token(self) -> float:
