@@ -1,0 +1,143 @@
+"""Imported shards in the whole chain: they train students, and no run ever gives them to the teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from distill_assets.capture_catalog.query import run_query
+from distill_assets.definitions import defs
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
+from distill_assets.orchestration.due import due
+from distill_assets.orchestration.instance import open_instance
+from distill_assets.orchestration.partitions import recorded_versions
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
+from distill_assets.orchestration.status import home_status
+from distill_assets.teacher_capture.interchange import export_jsonl
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Opening a home's instance sets these for the process; no test inherits them."""
+    yield
+    os.environ.pop("DAGSTER_HOME", None)
+    os.environ.pop("DISTILL_HOME", None)
+
+
+def run(root: Path, **options: object) -> RunReport:
+    return bring_up_to_date(defs, Home(root), device="cpu", **options)  # type: ignore[arg-type]
+
+
+def edit(root: Path, **sections: dict[str, object]) -> None:
+    file = root / "distill.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name, section in sections.items():
+        settings[name] = {**settings.get(name, {}), **section}
+    file.write_text(yaml.safe_dump(settings))
+
+
+def states(root: Path) -> dict[str, str]:
+    return {shard.shard: shard.state for shard in home_status(Pipeline(Home(root))).shards}
+
+
+def weights(root: Path, student: str | None) -> dict[str, torch.Tensor]:
+    return load_file(root / "students" / str(student) / "model.safetensors")
+
+
+def of_another_engine(home: Path, teacher: Path, scratch: Path) -> Path:
+    """What another teacher says of shard s1 of `home`, as few keys as an engine gives: no tail, gold or entropy."""
+    other = tiny.make_home(scratch / "other", teacher, shards=2)
+    run(other, shards=["s1"])
+    export_jsonl([entry.capture for entry in Pipeline(Home(other)).entries], scratch / "full.jsonl")
+    rows = [json.loads(line) for line in (scratch / "full.jsonl").read_text().splitlines()]
+    return tiny.write_jsonl(
+        scratch / "in.jsonl",
+        [{name: row[name] for name in ("input_ids", "topk_ids", "topk_logprobs", "loss_mask")} for row in rows],
+    )
+
+
+def test_a_student_learns_from_an_imported_shard(tmp_path: Path, teacher_folder: Path, tokenizer: object) -> None:
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=2)
+    before = run(home)
+    another = tiny.save_model(tmp_path / "teacher", tokenizer, seed=7)  # type: ignore[arg-type]
+    source = of_another_engine(home, another, tmp_path)
+    imported = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=True).capture
+    assert set(states(home).values()) == {"current"}
+
+    after = run(home)
+    assert (after.captured_shards, after.rows_captured, after.failures) == ([], 0, {})
+    assert after.student_id != before.student_id and after.control_id == before.control_id  # the same rows
+    old, new = weights(home, before.student_id), weights(home, after.student_id)
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    record = json.loads((home / "students" / str(after.student_id) / "distillation.json").read_text())
+    assert {c["shard"]: c["capture_id"] for c in record["spec"]["captures"]}["s1"] == imported.capture_id
+    with open_instance(Home(home)) as instance:
+        recorded = recorded_versions(instance, "teacher_capture")
+    assert recorded["s1"].endswith(imported.capture_id) and recorded["s0"].endswith(
+        Pipeline(Home(home)).spec.capture_id
+    )
+    assert run(home).materialized == []
+
+    query = "SELECT teacher, dtype, mean_entropy, teacher_perplexity, kept_ids FROM captures WHERE shard = 's1'"
+    [(teacher, dtype, entropy, perplexity, kept)] = run_query(home / "catalog.duckdb", home / "captures", query).rows
+    assert (teacher, dtype, entropy) == ("imported from in.jsonl", None, None)
+    assert kept == imported.stats.kept_ids and perplexity == imported.stats.teacher_perplexity
+
+    edit(home, targets={"k": 4, "precision": "exact"})  # imported captures keep their own
+    third = run(home)
+    assert "s1" not in third.captured_shards and {"s0", "heldout"} <= set(third.captured_shards)
+    counts = run_query(
+        home / "catalog.duckdb", home / "captures", "SELECT shard, count(*) FROM kept_ids GROUP BY ALL"
+    ).rows
+    assert dict(counts)["s1"] == imported.stats.kept_ids
+    assert run(home, force=True, shards=["s1"]).captured_shards == []
+
+
+def test_an_edited_import_stops_the_students_and_is_never_given_to_the_teacher(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=2)
+    source = of_another_engine(home, teacher_folder, tmp_path)
+    pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=True).capture.path
+    shard = home / "shards" / "s1.jsonl"
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
+    report = run(home)
+    assert report.captured_shards == ["heldout", "s0"] and "import it again, or delete" in report.failures["s1"]
+    assert report.student_id is None and states(home)["s1"] == "failed"
+    with open_instance(Home(home)) as instance:
+        failing = due(instance, AssetStates(Pipeline(Home(home))), "teacher_capture")
+        pinned.unlink()
+        mended = due(instance, AssetStates(Pipeline(Home(home))), "teacher_capture")
+    assert failing is not None and mended is not None and failing.keys() == mended.keys() == {"s1"}
+    assert failing["s1"] != mended["s1"]  # asked for again once there is something new to try
+    assert run(home).captured_shards == ["s1"]
+
+
+def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_path: Path, teacher_folder: Path) -> None:
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=1)
+    run(home, shards=["heldout"])
+    [entry] = Pipeline(Home(home)).entries
+    export_jsonl([entry.capture], tmp_path / "full.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "full.jsonl").read_text().splitlines()]
+    unknown = [{**row, "gold_logprob": [None] * len(row["input_ids"]), "entropy": None} for row in rows]
+    source = tiny.write_jsonl(tmp_path / "in.jsonl", unknown)
+    capture = Pipeline(Home(home)).import_jsonl(source, "heldout", shifted=False, replace=True).capture
+    assert capture.stats.teacher_perplexity is None and capture.stats.mean_entropy is None
+    report = run(home)
+    assert report.evaluation is not None and report.captured_shards == ["s0"]
+    assert report.evaluation["models"]["teacher"]["perplexity"] is None
+    assert report.evaluation["models"]["student"]["kl"]["value"] > 0
+    text = (Path(str(report.report)).parent / "report.json").read_text()
+    assert "NaN" not in text and "teacher's entropy" not in Path(str(report.report)).read_text()
+    query = "SELECT count(*), count(mean_entropy), count(teacher_perplexity) FROM examples WHERE shard = 'heldout'"
+    assert run_query(home / "catalog.duckdb", home / "captures", query).rows == ((len(rows), 0, 0),)
