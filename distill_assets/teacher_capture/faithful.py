@@ -28,7 +28,7 @@ from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
 SAMPLE_ROWS, SAMPLE_TOKENS = 8, 2000
 NOISES = 4.0  # times the measured noise: other batches than the two that were tried
 LEAST_NOISE = 1e-3  # nats; float32 on another machine
-LEAST_KL_NOISE = 1e-6
+LOGITS = 16.0  # a large logit: half precision rounds it by as many of its steps, even where two batches agree
 _LOWEST = -255 * LOGPROB_STEP  # where the compact code saturates
 
 
@@ -166,18 +166,24 @@ def _report(
     tails = [_differences(alone[i], stored[i], "tail_logprob_P", False) for i in own]
     tail_noise = _largest([_differences(alone[i], together[i], "tail_logprob_P", False) for i in own])
     lowest_tail = _largest([np.abs(stored[i].tail_logprob_P[np.isfinite(stored[i].tail_logprob_P)]) for i in own])
+    least = _least_noise(spec.dtype)
+
+    def compared(value: float, noise: float, rounding: float) -> Compared:
+        return Compared(value, noise, rounding + NOISES * noise + least)
+
     return FaithfulReport(
         rows=len(sample),
         positions=sum(targets.n_positions for targets in stored),
         derived=len(sample) - len(own),
-        kl=Compared(kl, kl_noise, rounding**2 + NOISES * kl_noise + LEAST_KL_NOISE),
-        difference=_compared(_largest(kept), _largest(kept_noise), half_step),
-        tail_difference=_compared(_largest(tails), tail_noise, position_rounding(lowest_tail, spec.targets.precision)),
+        kl=Compared(kl, kl_noise, rounding**2 + NOISES * kl_noise + least**2),
+        difference=compared(_largest(kept), _largest(kept_noise), half_step),
+        tail_difference=compared(_largest(tails), tail_noise, position_rounding(lowest_tail, spec.targets.precision)),
     )
 
 
-def _compared(value: float, noise: float, rounding: float) -> Compared:
-    return Compared(value, noise, rounding + NOISES * noise + LEAST_NOISE)
+def _least_noise(dtype: str) -> float:
+    """Nats that log-probabilities of this arithmetic may differ by, whatever was measured on a few rows."""
+    return max(LEAST_NOISE, LOGITS * torch.finfo(getattr(torch, dtype)).eps)
 
 
 def _kl_P(now: SparseTargets, stored: SparseTargets) -> NDArray[np.float64]:

@@ -225,12 +225,15 @@ def test_it_refuses_while_a_run_is_under_way(home: Home) -> None:
             with pytest.raises(HomeError, match=f"in process {child.pid} is under way"):
                 collect_garbage(home, dry_run=dry_run)
         assert files(home) == before
-        [leftover] = [home.captures / "0123456789abcdef"]
+        leftover = home.captures / "0123456789abcdef"
         leftover.mkdir()
         (leftover / ".partial-00000000-s0").write_text("being written")
         assert [p for p in verify(home).problems if p.kind == "orphaned"] == []
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    assert [p.path.name for p in verify(home).problems if p.kind == "orphaned"] == [".partial-00000000-s0"]
-    assert collect_garbage(home, dry_run=False).removed
+    orphaned = {p.path for p in verify(home).problems if p.kind == "orphaned"}
+    assert leftover / ".partial-00000000-s0" in orphaned
+    assert any(path.name.startswith(".lock-s0@") for path in orphaned)  # of the run that was killed
+    assert orphaned <= {removal.path for removal in collect_garbage(home, dry_run=False).removed}
+    assert [p for p in verify(home).problems if p.kind == "orphaned"] == []

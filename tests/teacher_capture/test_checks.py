@@ -186,6 +186,23 @@ def test_another_teacher_and_shifted_targets_are_not_faithful(make: Make, teache
     assert not check_faithful(bench.spec, [moved], "cpu").passed
 
 
+def test_half_precision_has_the_noise_it_has(make: Make, teacher_folder: Path) -> None:
+    """Captured in other batches than it is scored again in, bfloat16 differs by much more than float32."""
+    bench, _ = make(precision="exact")
+    settings = bench.home.settings_file
+    settings.write_text(settings.read_text().replace("float32", "bfloat16"))
+    for batch_tokens in (64, 700):
+        capture = capture_shard(
+            bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=batch_tokens, force=True
+        ).capture
+        report = check_faithful(bench.spec, [capture], "cpu")
+        assert report.passed and report.difference.allowed >= 16 / 128  # at least, even where no noise was measured
+    other, _ = make(teacher_folder)
+    settings = other.home.settings_file
+    settings.write_text(settings.read_text().replace("float32", "bfloat16"))
+    assert not check_faithful(other.spec, [capture], "cpu").kl.passed
+
+
 def test_derived_captures_are_faithful_but_for_their_tails(make: Make, trained: Path) -> None:
     bench, _ = make(k=16)
     settings = bench.home.settings_file
