@@ -31,7 +31,7 @@ MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 
 FLOAT16 = 2.0**-11  # relative rounding of a stored float16
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
 _COUNTED = ("rows", "tokens", "supervised_tokens", "kept_ids", "truncated_rows")
-_A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs")
+_A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs", "weights")
 
 
 def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind, str]]:
