@@ -89,7 +89,7 @@ def test_no_tail_where_nothing_is_outside(encoder: Encoder) -> None:
     even = [math.log(0.9999 / len(everything))] * len(everything)  # rounded: not quite one
     row = read(encoder, line(topk_ids=[everything, [], [], [], []], topk_logprobs=[even, [], [], [], []]))
     assert row.targets.tail_logprob_P.tolist() == [-math.inf]
-    full = line(topk_ids=[[8, 20], [], [], [], []], topk_logprobs=[[HALF, HALF], [], [], [], []])
+    full = line(topk_ids=[[8, 20], [], [], [], []], topk_logprobs=[[HALF + 0.01, HALF], [], [], [], []])
     assert read(encoder, full).targets.tail_logprob_P.tolist() == [-math.inf]
     assert read(encoder, full | {"tail_logprob": [None] * 5}).targets.tail_logprob_P.tolist() == [-math.inf]
 

@@ -80,6 +80,7 @@ def test_shard_and_capture_are_what_the_ordinary_code_makes_of_them(bench: Bench
     assert report.capture.stats.rows == 3 and report.capture.stats.supervised_tokens == 9
     assert report.capture.stats.teacher_perplexity == pytest.approx(2.0)
     assert report.capture.stats.mean_entropy is None
+    assert all(np.isnan(row.targets.entropy_P).all() for row in read_rows(report.capture.path))
     assert planned(bench, "s0").state == "current" and planned(bench, "s0").rows_to_capture == 0
 
 
@@ -137,6 +138,8 @@ def test_other_content_needs_replace(bench: Bench) -> None:
     second = import_lines(bench, sharper, replace=True).capture
     assert second.path == first.path and second.capture_id != first.capture_id
     assert read_rows(second.path)[0].targets.support_logprobs_N[0] == pytest.approx(-0.1, abs=1 / 32)
+    elsewhere = [row | {"input_ids": [8, *row["input_ids"][1:]]} for row in sharper]
+    assert import_lines(bench, elsewhere, replace=True).capture.capture_id != second.capture_id
     third = import_lines(bench, lines(4), replace=True).capture
     assert third.version == bench.shards["s0"].version != first.version
     assert planned(bench, "s0").state == "current"
@@ -325,7 +328,8 @@ def exact(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cal
         place = place_of_shard(bench.home.root, data, "any")
         capture = import_jsonl(source, "any", spec, bench.store, place, replace=True).capture
         assert export_jsonl([capture], bench.home.root / "out.jsonl") == len(lines)
-        return [json.loads(line) for line in (bench.home.root / "out.jsonl").read_text("utf-8").splitlines()]
+        with (bench.home.root / "out.jsonl").open(encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
 
     return round_trip  # type: ignore[return-value]
 
