@@ -31,7 +31,7 @@ MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 
 FLOAT16 = 2.0**-11  # relative rounding of a stored float16
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
 _COUNTED = ("rows", "tokens", "supervised_tokens", "kept_ids", "truncated_rows")
-_A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs")
+_A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs", "weights")
 
 
 def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind, str]]:
@@ -47,7 +47,7 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
         for rows in capture_row_groups(path):
             start = sum(part.rows for part in parts)
             for i, row in enumerate(rows):
-                if reason := _row_problem(row, start + i, n_ids, capture.identity["targets"]["kind"]):
+                if reason := _row_problem(row, start + i, n_ids):
                     raise CaptureError(f"row {start + i}: {reason}")
             parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
         if reason := statistics_problem(capture, parts):
@@ -98,7 +98,7 @@ def _footer_problem(capture: Capture) -> str | None:
     return None
 
 
-def _row_problem(row: CapturedRow, number: int, n_ids: int | None, kind: str) -> str | None:
+def _row_problem(row: CapturedRow, number: int, n_ids: int | None) -> str | None:
     targets, n_tokens = row.targets, len(row.input_ids)
     positions_P = targets.positions_P
     if row.row != number:
@@ -113,14 +113,14 @@ def _row_problem(row: CapturedRow, number: int, n_ids: int | None, kind: str) ->
     mask_T[positions_P + 1] = True
     if row_key(row.input_ids, mask_T) != row.key:
         return "its key is not the hash of its tokens and positions"
-    return _targets_problem(targets, n_ids, kind)
+    return _targets_problem(targets, n_ids)
 
 
 def _in_range(values: np.ndarray, end: int | None) -> bool:
     return bool((values >= 0).all() and (end is None or (values < end).all()))
 
 
-def _targets_problem(targets: SparseTargets, n_ids: int | None, kind: str) -> str | None:
+def _targets_problem(targets: SparseTargets, n_ids: int | None) -> str | None:
     position_N = np.repeat(np.arange(targets.n_positions), targets.kept_P)
     logprobs_N = targets.support_logprobs_N
     if not targets.kept_P.all():
@@ -135,13 +135,18 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, kind: str) -> st
         return "log-probabilities that are not finite"
     if ((np.diff(logprobs_N) > 0) & (np.diff(position_N) == 0)).any():
         return "log-probabilities that are not descending"
+    if targets.weights_N is not None and not np.isfinite(targets.weights_N).all():
+        return "weights that are not finite"
+    if targets.weights_N is not None and (targets.weights_N < 0).any():
+        return "weights below 0"
+    if targets.tail_sample_ids_PS is not None and not _in_range(targets.tail_sample_ids_M, n_ids):
+        return "tail_sample_ids outside the vocabulary"
     for name in ("tail_logprob", "gold_logprob", "entropy"):
         values_P = getattr(targets, f"{name}_P")
         if np.isnan(values_P).any() or np.isposinf(values_P).any():
             return f"{name} that is not a number"
     log_mass_P = targets.log_total_mass_P()
-    # Of a distribution that keeps no account of the rest, the kept ids are any part.
-    off_P = np.abs(log_mass_P) if kind == "top_k" else log_mass_P
+    off_P = np.abs(log_mass_P)
     if (off_P > MOST_LOG_MASS).any():
         worst = int(off_P.argmax())
         return f"position {targets.positions_P[worst]} holds a mass of {math.exp(log_mass_P[worst]):.3f}, not 1"
