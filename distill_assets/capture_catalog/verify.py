@@ -92,8 +92,8 @@ def _read_every_table(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     cursor = connection.execute(
-        "SELECT capture_id, shard, version, current, bytes, examples, tokens, supervised_tokens, kept_ids, teacher, "
-        "strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00') AS created FROM capture_files"
+        "SELECT path, capture_id, shard, version, current, bytes, examples, tokens, supervised_tokens, kept_ids, "
+        "teacher, strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00') AS created FROM capture_files"
     )
     names = [column[0] for column in cursor.description or []]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
@@ -101,7 +101,8 @@ def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, An
 
 def _verify_listed(catalog: Path, store: CaptureStore, listed: dict[str, Any]) -> Iterator[Problem]:
     """A line of the catalog against its file."""
-    path = store.path_of(listed["capture_id"], listed["shard"], listed["version"])
+    # By name, for a home may have been moved; imported captures lie in a folder that is not their id.
+    path = store.path_of(Path(listed["path"]).parent.name, listed["shard"], listed["version"])
     if not path.exists():
         remedy = (
             "`distill run` makes it again if its shard is still there"

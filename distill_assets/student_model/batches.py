@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill_assets.foundation.errors import TrainingError
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 
 IGNORED = -100  # label of a position that is not supervised; the value transformers counts around
@@ -88,6 +89,11 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
             "support_logprobs_NK": torch.from_numpy(nothing.astype(np.float32)),
             "tail_logprob_N": torch.zeros(0),
         }
+    if len({(part.weights_N is None, part.tail_sample_ids_PS is None) for part in parts}) > 1:
+        raise TrainingError(
+            "captures of different kinds of targets (imported ones are plain top_k) cannot be learnt from together; "
+            "set targets.kind: top_k in distill.yaml"
+        )
     whole = SparseTargets.joined(parts).normalized()  # once for all rows: row by row it takes several times as long
     k = int(whole.kept_P.max(initial=1))
     ids_NK, logprobs_NK = map(torch.from_numpy, whole.padded(k))

@@ -69,6 +69,11 @@ def import_jsonl(
     there already, unless `replace`; UnreadableFile when `source` is gone or damaged. Then nothing changed.
     At most `chunk_numbers` numbers, and those of one row, are in memory at once.
     """
+    if spec.targets.kind != "top_k" or spec.targets.tail_samples:
+        raise InterchangeError(
+            "imported captures hold the likeliest ids, and a student learns from one kind of targets: "
+            "set targets.kind: top_k without tail_samples in distill.yaml"
+        )
     folder = store.root / IMPORTED
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:

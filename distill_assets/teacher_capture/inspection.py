@@ -133,14 +133,19 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, capture: Capture
         return "log-probabilities that are not finite"
     if ((np.diff(logprobs_N) > 0) & (np.diff(position_N) == 0)).any():
         return "log-probabilities that are not descending"
+    if targets.weights_N is not None and not np.isfinite(targets.weights_N).all():
+        return "weights that are not finite"
+    if targets.weights_N is not None and (targets.weights_N < 0).any():
+        return "weights below 0"
+    if targets.tail_sample_ids_PS is not None and not _in_range(targets.tail_sample_ids_M, n_ids):
+        return "tail_sample_ids outside the vocabulary"
     for name in ("tail_logprob", "gold_logprob", "entropy"):
         values_P = getattr(targets, f"{name}_P")
         may_be_unknown = capture.is_imported and name != "tail_logprob"
         if (np.isnan(values_P).any() and not may_be_unknown) or np.isposinf(values_P).any():
             return f"{name} that is not a number"
     log_mass_P = targets.log_total_mass_P()
-    # Of a distribution that keeps no account of the rest, the kept ids are any part.
-    off_P = np.abs(log_mass_P) if capture.identity["targets"]["kind"] == "top_k" else log_mass_P
+    off_P = np.abs(log_mass_P)
     if (off_P > MOST_LOG_MASS).any():
         worst = int(off_P.argmax())
         return f"position {targets.positions_P[worst]} holds a mass of {math.exp(log_mass_P[worst]):.3f}, not 1"

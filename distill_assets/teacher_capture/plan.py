@@ -178,10 +178,13 @@ def _captures(seen: Collection[Capture]) -> str:
 
 
 def _rule_of_thumb(targets: TargetSettings) -> float:
-    """Bytes a position with all k ids kept: what benchmarks/storage.py measured, rounded up. A threshold keeps
-    fewer, but how many only the teacher knows.
+    """Bytes a position that keeps as many ids as it may: what benchmarks/storage.py measured, rounded up, and
+    four for each weight and tail sample. How many fewer are kept only the teacher knows.
     """
-    return 8 + targets.k * (2.2 if targets.precision == "compact" else 4.4)
+    # Each id that a threshold keeps stands for a mass of tau, but for the last mark and the likeliest id.
+    most = {"top_k": targets.k, "sampled": targets.samples + 1, "threshold": 1 / targets.tau + 2}[targets.kind]
+    each = (2.2 if targets.precision == "compact" else 4.4) + (4 if targets.has_weights else 0)
+    return 8 + most * each + 4 * targets.tail_samples
 
 
 def _readable(paths: Iterable[Path]) -> list[Capture]:

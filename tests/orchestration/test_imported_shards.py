@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.definitions import defs
+from distill_assets.foundation.errors import InterchangeError, TrainingError
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
 from distill_assets.orchestration.due import due
+from distill_assets.orchestration.garbage import collect_garbage
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.partitions import recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.status import home_status
+from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.interchange import export_jsonl
 from tests import tiny
 
@@ -141,3 +144,30 @@ def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_pat
     assert "NaN" not in text and "teacher's entropy" not in Path(str(report.report)).read_text()
     query = "SELECT count(*), count(mean_entropy), count(teacher_perplexity) FROM examples WHERE shard = 'heldout'"
     assert run_query(home / "catalog.duckdb", home / "captures", query).rows == ((len(rows), 0, 0),)
+
+
+def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
+    tmp_path: Path, teacher_folder: Path, tokenizer: object
+) -> None:
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=2)
+    another = tiny.save_model(tmp_path / "teacher", tokenizer, seed=7)  # type: ignore[arg-type]
+    source = of_another_engine(home, another, tmp_path)
+    (home / "shards" / "s1.jsonl").unlink()
+    pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=False).capture.path
+    report = run(home)
+    assert report.checks and all(check["passed"] for check in report.checks.values())
+    assert verify(Home(home)).problems == ()
+    shard = home / "shards" / "s1.jsonl"
+    rows = shard.read_text()
+    shard.write_text(rows + rows.splitlines()[0] + "\n")  # it was edited: failed, but the import is all there is
+    assert collect_garbage(Home(home), dry_run=False).removed == () and pinned.exists()
+    shard.write_text(rows)
+    assert states(home)["s1"] == "current"
+
+    settings = yaml.safe_load((home / "distill.yaml").read_text())
+    settings["targets"] = {"kind": "sampled", "samples": 5}
+    (home / "distill.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InterchangeError, match=r"set targets\.kind: top_k"):
+        Pipeline(Home(home)).import_jsonl(source, "s2", shifted=False, replace=False)
+    with pytest.raises(TrainingError, match="captures of different kinds of targets"):
+        run(home)

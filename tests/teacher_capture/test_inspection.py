@@ -21,20 +21,26 @@ from distill_assets.teacher_capture.store import FOOTER, read_rows
 from tests import tiny
 from tests.bench import Bench
 
+KINDS: dict[str, dict[str, object]] = {
+    "compact": {"k": 8},
+    "exact": {"k": 8, "precision": "exact"},
+    "sampled": {"kind": "sampled", "samples": 12},
+    "threshold": {"kind": "threshold", "tau": 0.03, "precision": "exact"},
+    "tail samples": {"k": 8, "tail_samples": 2},
+}
 
-@pytest.fixture(params=["compact", "exact"])
+
+@pytest.fixture(params=KINDS)
 def captured(request: pytest.FixtureRequest, tmp_path: Path, teacher_folder: Path) -> tuple[Bench, Path]:
     """A home whose s0 is captured in several row groups."""
-    targets = {"k": 8, "precision": request.param}
-    bench = Bench(tiny.make_home(tmp_path / "home", teacher_folder, shards=1, rows=80, targets=targets))
+    bench = Bench(tiny.make_home(tmp_path / "home", teacher_folder, shards=1, rows=80))
+    settings = bench.home.settings_file
+    settings.write_text(
+        settings.read_text().replace("targets:\n  k: 8\n", f"targets: {json.dumps(KINDS[request.param])}\n")
+    )
     report = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=64)
     assert pq.ParquetFile(report.capture.path).num_row_groups > 1
     return bench, report.capture.path
-
-
-def targets_of(path: Path) -> TargetSettings:
-    footer = json.loads(pq.read_metadata(path).metadata[FOOTER])
-    return TargetSettings.model_validate(footer["identity"]["targets"])
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -46,13 +52,14 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
         writer.add_key_value_metadata({FOOTER.decode(): footer})
 
 
+def targets_of(path: Path) -> TargetSettings:
+    return TargetSettings.model_validate(json.loads(pq.read_metadata(path).metadata[FOOTER])["identity"]["targets"])
+
+
 def with_row(path: Path, number: int, change: Callable[[CapturedRow], CapturedRow]) -> None:
     rows: Sequence[CapturedRow] = [change(r) if r.row == number else r for r in read_rows(path)]
-
-    def table(old: pa.Table) -> pa.Table:
-        return to_arrow(rows, targets_of(path))
-
-    rewrite(path, table)
+    targets = targets_of(path)
+    rewrite(path, lambda _: to_arrow(rows, targets))
 
 
 def problems(bench: Bench, path: Path) -> list[tuple[str, str]]:
@@ -99,7 +106,7 @@ def swapped_first_two(row: CapturedRow) -> CapturedRow:
     return changed(row, support_logprobs_N=logprobs)
 
 
-def moved(values: np.ndarray, at: int, by: float) -> np.ndarray:
+def moved(values: np.ndarray, at: int | tuple[int, int], by: float) -> np.ndarray:
     values = values.copy()
     values[at] += by
     return values
@@ -134,6 +141,25 @@ def test_a_wrong_value_with_valid_checksums_is_named(captured: tuple[Bench, Path
         assert reason.startswith("row 5: ")
 
 
+DRAWN = {
+    "weights that are not finite": lambda t: replace(t, weights_N=moved(t.weights_N, 3, np.nan)),
+    "weights below 0": lambda t: replace(t, weights_N=moved(t.weights_N, 0, -3.0)),
+    "tail_sample_ids": lambda t: replace(t, tail_sample_ids_PS=moved(t.tail_sample_ids_PS, (1, 1), 100_000)),
+}
+
+
+@pytest.mark.parametrize(
+    ("captured", "said"),
+    [("sampled", "weights that are not finite"), ("threshold", "weights below 0"), ("tail samples", "tail_sample_ids")],
+    indirect=["captured"],
+)
+def test_a_wrong_draw_is_named(captured: tuple[Bench, Path], said: str) -> None:
+    bench, path = captured
+    with_row(path, 5, lambda row: replace(row, targets=DRAWN[said](row.targets)))
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "damaged" and reason.startswith(f"row 5: {said}")
+
+
 def test_a_row_that_is_gone_and_lists_that_do_not_match_are_named(captured: tuple[Bench, Path]) -> None:
     bench, path = captured
     whole = path.read_bytes()
@@ -160,9 +186,10 @@ def test_a_footer_of_another_capture_is_a_mismatch(captured: tuple[Bench, Path])
     assert kind == "mismatch" and "s0@" in reason and "s1@" in reason
     other.rename(path)
     footer = json.loads(pq.read_metadata(path).metadata[FOOTER])
-    footer["identity"]["targets"]["k"] = 9
+    targets = targets_of(path)
+    footer["identity"]["dtype"] = "float16"
     table = pq.read_table(path)
-    with parquet_writer(path, targets_of(path)) as writer:
+    with parquet_writer(path, targets) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({FOOTER.decode(): json.dumps(footer)})
     [(kind, reason)] = problems(bench, path)
