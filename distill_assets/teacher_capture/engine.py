@@ -17,7 +17,7 @@ from torch import Tensor
 from distill_assets.dataset_shards.encode import EncodedRow
 from distill_assets.foundation.devices import is_out_of_memory
 from distill_assets.foundation.errors import CaptureError, OutOfMemory
-from distill_assets.foundation.language_model import hidden_states
+from distill_assets.foundation.language_model import head_rows, hidden_states, is_plain
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.drawn_targets import drawn_targets
 from distill_assets.teacher_capture.draws import draws_per_position, row_bits
@@ -135,9 +135,11 @@ def _run_batch(
         bits_NS = torch.from_numpy(np.concatenate(bits)).to(device)
         parts = list(drawn_targets(teacher, hidden_ND, gold_N, targets, bits_NS))
     else:
+        # A head that comes in one block is bounded by the rows it is asked for.
+        most = MOST_ROWS if is_plain(teacher.model.get_output_embeddings()) else head_rows(teacher.model)
         parts = [
             top_k_targets(teacher, hidden_CD, gold_C, targets)
-            for hidden_CD, gold_C in zip(hidden_ND.split(MOST_ROWS), gold_N.split(MOST_ROWS), strict=True)
+            for hidden_CD, gold_C in zip(hidden_ND.split(most), gold_N.split(most), strict=True)
         ]
     names = [field.name for field in fields(ScoredPositions) if getattr(parts[0], field.name) is not None]
     columns = {name: _to_host(torch.cat([getattr(part, name) for part in parts])) for name in names}
