@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
+from distill_assets.teacher_capture.inspection import capture_row_groups
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import Capture, read_row_groups
+from distill_assets.teacher_capture.store import Capture
 
 
 def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
@@ -30,7 +31,7 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
         for capture in captures:
             _require_plain(capture)
-            for group in read_row_groups(capture.path):
+            for group in capture_row_groups(capture.path):
                 for row in group:
                     stream.write(json.dumps(_as_object(row), ensure_ascii=False, separators=(",", ":")) + "\n")
                 rows += len(group)

@@ -165,16 +165,6 @@ def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
         raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
 
 
-def read_row_groups(path: Path) -> Iterator[list[CapturedRow]]:
-    """All rows of a capture file, in order, a row group in memory at a time; CaptureError when it is damaged."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                yield from_arrow(file.read_row_group(group))
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
-
-
 def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[CapturedRow]:
     """The rows of one row group that have one of these keys; CaptureError when the file is damaged."""
     try:
