@@ -333,7 +333,8 @@ def import_(
 ) -> None:
     """Make log-probabilities of another engine a shard with a capture of its own, which is never captured again."""
     pipeline = _pipeline(find_home(home))
-    done = pipeline.import_jsonl(source, shard, shifted=rows == "shifted", replace=replace)
+    with terminal.progress_bar() as bar:
+        done = pipeline.import_jsonl(source, shard, shifted=rows == "shifted", replace=replace, on_progress=bar.show)
     stats = done.capture.stats
     if as_json:
         print_json(
@@ -347,6 +348,7 @@ def import_(
                 "written": done.written,
                 "dropped_last": done.dropped_last,
                 "dropped_unsupervised": done.dropped_unsupervised,
+                "next_token_hit_rate": done.aligned.rates[1],
             }
         )
     else:

@@ -53,6 +53,12 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
             yield line, _parse_json(line, content)
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a JSONL file (plain, .gz, .zst), blank ones among them; UnreadableFile as `read_json_lines`."""
+    with _reading(path), open_decompressed(path) as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """UnreadableFile for whatever says that a file is gone or damaged."""

@@ -137,10 +137,21 @@ class Pipeline:
                 return pinned.capture_id
         return self.spec.capture_id
 
-    def import_jsonl(self, source: Path, key: str, *, shifted: bool, replace: bool) -> ImportReport:
+    def import_jsonl(
+        self, source: Path, key: str, *, shifted: bool, replace: bool, on_progress: ProgressListener = ignore_progress
+    ) -> ImportReport:
         """Make another engine's log-probabilities the shard `key` and its pinned capture."""
         shard_file = place_of_shard(self.home.root, self.settings.data, key)
-        return import_jsonl(source, key, self.spec, self.store, shard_file, shifted=shifted, replace=replace)
+        return import_jsonl(
+            source,
+            key,
+            self.spec,
+            self.store,
+            shard_file,
+            shifted=shifted,
+            replace=replace,
+            on_progress=on_progress,
+        )
 
     @cached_property
     def entries(self) -> tuple[CatalogEntry, ...]:

@@ -8,7 +8,7 @@ Legend: P = supervised positions of a row, N = ids kept in the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,10 +113,15 @@ class AlignedReport:
 def check_aligned(captures: Sequence[Capture]) -> AlignedReport:
     """Whether position t tells of token t + 1, by what a teacher is good at: guessing it.
 
-    Positions of which token t + 2 exists are counted. CaptureError when a file is damaged.
+    CaptureError when a file is damaged.
     """
+    return count_aligned(row for capture in captures for group in capture_row_groups(capture.path) for row in group)
+
+
+def count_aligned(rows: Iterable[CapturedRow]) -> AlignedReport:
+    """The counts of these rows; positions of which token t + 2 exists are counted."""
     positions, hits = 0, np.zeros(3, dtype=np.int64)
-    for row in _rows(captures):
+    for row in rows:
         positions_P = row.targets.positions_P
         whole_P = positions_P + 2 < len(row.input_ids)
         likeliest_P = row.targets.support_ids_N[row.targets.offsets_P1[:-1]][whole_P]
@@ -125,9 +130,3 @@ def check_aligned(captures: Sequence[Capture]) -> AlignedReport:
             hits[offset] += (likeliest_P == row.input_ids[positions_P[whole_P] + offset]).sum()
     before, here, after = hits.tolist()
     return AlignedReport(positions, (before, here, after))
-
-
-def _rows(captures: Sequence[Capture]) -> Iterator[CapturedRow]:
-    for capture in captures:
-        for group in capture_row_groups(capture.path):
-            yield from group

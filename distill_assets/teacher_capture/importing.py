@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,20 +22,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_assets.dataset_shards.read import read_json_lines
+from distill_assets.dataset_shards.read import count_lines, read_json_lines
 from distill_assets.dataset_shards.rows import BadRow
 from distill_assets.foundation.errors import CaptureError, InterchangeError
 from distill_assets.foundation.files import PARTIAL, replacing
 from distill_assets.foundation.fingerprints import content_hash, digest
+from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
+from distill_assets.teacher_capture.checks import AlignedReport, count_aligned
 from distill_assets.teacher_capture.chunks import SHORT_LIVED, Cost, Figures, total_stats
 from distill_assets.teacher_capture.foreign_rows import ForeignRow, ForeignRows
 from distill_assets.teacher_capture.identity import FORMAT_VERSION, CaptureSpec
+from distill_assets.teacher_capture.inspection import capture_row_groups
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 CHUNK_NUMBERS = 1 << 19  # tokens and kept ids of the rows in memory at once, which are one row group
+LINES_A_REPORT = 256  # of progress
+SHIFTED_RATE = 0.05  # of positions: so many more hits beside the next token than twice those on it are no chance
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class ImportReport:
     written: bool
     dropped_last: int
     dropped_unsupervised: int
+    aligned: AlignedReport
 
 
 def import_jsonl(
@@ -62,11 +69,13 @@ def import_jsonl(
     shifted: bool = False,
     replace: bool = False,
     chunk_numbers: int = CHUNK_NUMBERS,
+    on_progress: ProgressListener = ignore_progress,
 ) -> ImportReport:
     """Import `source` (plain, .gz or .zst) as the shard `key`, whose rows become `shard_file`.
 
-    Raises InterchangeError, naming the line, when a line cannot be used, and when other content is
-    there already, unless `replace`; UnreadableFile when `source` is gone or damaged. Then nothing changed.
+    Raises InterchangeError, naming the line, when a line cannot be used, when the lists belong to other
+    positions than they stand at, and when other content is there already, unless `replace`; UnreadableFile
+    when `source` is gone or damaged. Then nothing changed.
     At most `chunk_numbers` numbers, and those of one row, are in memory at once.
     """
     if spec.targets.kind != "top_k" or spec.targets.tail_samples:
@@ -78,9 +87,11 @@ def import_jsonl(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
         staged = _Staged(Path(scratch), spec.targets.precision)
-        staged.write(_chunks(_rows(source, ForeignRows(spec.encoder, shifted)), chunk_numbers))
+        staged.write(_chunks(_rows(source, ForeignRows(spec.encoder, shifted), on_progress), chunk_numbers))
         if not staged.parts:
             raise InterchangeError(f"{source}: there are no rows in it, so nothing was imported")
+        aligned = staged.aligned()
+        _require_aligned(source, aligned)
         version = content_hash(staged.shard)
         identity = staged.identity(spec)
         capture = _unchanged(store.pinned_path(key, version), digest(identity))
@@ -107,11 +118,14 @@ def import_jsonl(
         if not same_shard:
             with replacing(shard_file) as beside:
                 shutil.copyfile(staged.shard, beside)
-        return ImportReport(capture, shard_file, written, staged.dropped_last, staged.dropped_unsupervised)
+        return ImportReport(capture, shard_file, written, staged.dropped_last, staged.dropped_unsupervised, aligned)
 
 
-def _rows(source: Path, foreign: ForeignRows) -> Iterator[ForeignRow]:
+def _rows(source: Path, foreign: ForeignRows, on_progress: ProgressListener) -> Iterator[ForeignRow]:
+    total, began = count_lines(source), time.monotonic()
     for line, value in read_json_lines(source):
+        if line % LINES_A_REPORT == 0:
+            on_progress(Progress("import", line, max(line, total), "line", time.monotonic() - began))
         row = foreign.read(line, value)
         if isinstance(row, BadRow):
             raise InterchangeError(f"{source} line {line}: {row.reason}\nnothing was imported")
@@ -136,6 +150,22 @@ def _require_free(key: str, shard_file: Path, same_shard: bool, pinned: Path, ca
     else:
         return
     raise InterchangeError(f"{other}; import with --replace to replace it, or give another --shard")
+
+
+def _require_aligned(source: Path, found: AlignedReport) -> None:
+    """InterchangeError when the lists plainly tell of the token before or after the one that they should."""
+    before, here, after = found.rates
+    if not found.enough or max(before, after) < 2 * here + SHIFTED_RATE:
+        return
+    where, mend = (
+        ("token t", "leave out the first list of each row and import with --rows shifted")
+        if before > after
+        else ("token t + 2", "put an empty list before each row's lists")
+    )
+    raise InterchangeError(
+        f"{source}: list t must tell of token t + 1, but its likeliest id is {where} at {max(before, after):.0%} of "
+        f"{found.positions:,} positions, token t + 1 at {here:.0%}\n{mend}; nothing was imported"
+    )
 
 
 class _Staged:
@@ -186,6 +216,10 @@ class _Staged:
             "targets": self.settings.identity,
             "content": self._content.hexdigest(),
         }
+
+    def aligned(self) -> AlignedReport:
+        """How often the likeliest ids are the tokens that follow, and their neighbours."""
+        return count_aligned(row for group in capture_row_groups(self._file) for row in group)
 
     def tables(self) -> Iterator[pa.Table]:
         """The capture's row groups, as stored."""

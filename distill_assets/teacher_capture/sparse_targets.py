@@ -83,8 +83,8 @@ class SparseTargets:
         """log of support mass + tail mass at each position; about 0, off by the rounding of storage."""
         starts = self.offsets_P1[:-1]
         top = np.maximum(self.support_logprobs_N[starts], self.tail_logprob_P)  # descending: the first is the largest
-        mass = np.exp(self.support_logprobs_N - np.repeat(top, self.kept_P), dtype=np.float64)
-        total = np.add.reduceat(mass, starts) if len(starts) else np.zeros(0)
+        mass = np.exp(self.support_logprobs_N - np.repeat(top, self.kept_P))
+        total = np.add.reduceat(mass, starts, dtype=np.float64) if len(starts) else np.zeros(0)
         total = total + np.exp((self.tail_logprob_P - top).astype(np.float64))
         return (top + np.log(total)).astype(np.float32)
 
@@ -140,6 +140,8 @@ class SparseTargets:
         return self._padded(k, self.weights_N, np.float32(0))
 
     def _padded(self, k: int, values_N: NDArray[Any], nothing: Any) -> NDArray[Any]:
+        if len(values_N) == self.n_positions * k:  # no position keeps more: all are full
+            return values_N.reshape(self.n_positions, k).astype(np.result_type(nothing))
         values_PK = np.full((self.n_positions, k), nothing)
         values_PK[np.arange(k) < self.kept_P[:, None]] = values_N
         return values_PK

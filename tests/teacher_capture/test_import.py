@@ -145,6 +145,43 @@ def test_other_content_needs_replace(bench: Bench) -> None:
     assert planned(bench, "s0").state == "current"
 
 
+def moved(row: dict[str, Any], by: int) -> dict[str, Any]:
+    """The row with its filled lists told of the token before (1) or after (-1) the one that they should."""
+    lists = {name: row[name][:-1] for name in ("topk_ids", "topk_logprobs")}
+    return row | {name: [*filled[-by:], *filled[:-by], []] for name, filled in lists.items()}
+
+
+def telling(n: int) -> list[dict[str, Any]]:
+    """Rows of six different tokens; every list's likeliest id is the next token."""
+    tokens = [[10 + i, 80 + i, 150 + i, 220 + i, 11 + i, 81 + i] for i in range(n)]
+    lists = {"topk_logprobs": [[HALF, -2.0]] * 5 + [[]]}
+    return [{"input_ids": ids, "topk_ids": [[i, 5] for i in ids[1:]] + [[]]} | lists for ids in tokens]
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        (1, r"is token t at 75% of 240 positions, token t \+ 1 at 0%\nleave out the first list .*--rows shifted"),
+        (-1, r"is token t \+ 2 at 100% of 240 positions, token t \+ 1 at 0%\nput an empty list before"),
+    ],
+)
+def test_lists_that_stand_at_the_wrong_position_are_refused(bench: Bench, by: int, message: str) -> None:
+    before = contents(bench.home.root)
+    with pytest.raises(InterchangeError, match=message):
+        import_lines(bench, [moved(row, by) for row in telling(60)])
+    assert contents(bench.home.root).keys() - {"in.jsonl"} == before.keys()
+    few = import_lines(bench, [moved(row, by) for row in telling(10)])  # too few positions to tell
+    assert few.written and not few.aligned.enough
+    right = import_lines(bench, telling(60), replace=True)
+    assert right.aligned.rates[1] == 1.0
+
+
+def test_progress_is_told_in_lines(bench: Bench) -> None:
+    seen: list[tuple[int, int]] = []
+    import_lines(bench, lines(20) * 30, on_progress=lambda step: seen.append((step.done, step.total)))
+    assert seen == [(256, 600), (512, 600)]
+
+
 def test_a_shard_of_text_is_not_overwritten_unasked(bench: Bench) -> None:
     before = (bench.home.root / "shards" / "s1.jsonl").read_bytes()
     with pytest.raises(InterchangeError, match="shard s1 is there with other rows"):
