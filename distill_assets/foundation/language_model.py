@@ -151,17 +151,21 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return output.last_hidden_state
 
 
-def head_logits(model: PreTrainedModel, hidden_ND: Tensor, columns: slice | None = None) -> Tensor:
+def head_logits(
+    model: PreTrainedModel, hidden_ND: Tensor, columns: slice | None = None, out: Tensor | None = None
+) -> Tensor:
     """Logits [N, W] in the model's dtype, with the architecture's scaling and soft-capping.
 
-    `columns` asks for some ids only, and needs a head that `is_plain`.
+    `columns` asks for some ids only, and needs a head that `is_plain`; without gradients their logits may be
+    written to `out`.
     """
     head = model.get_output_embeddings()
     if columns is None:
         logits_NW: Tensor = head(hidden_ND)
     else:
-        bias = None if head.bias is None else head.bias[columns]
-        logits_NW = torch.nn.functional.linear(hidden_ND, head.weight[columns], bias)
+        logits_NW = torch.mm(hidden_ND, head.weight[columns].t(), out=out)
+        if head.bias is not None:
+            logits_NW += head.bias[columns]
     config: Any = model.config
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits_NW = logits_NW * scale
@@ -177,19 +181,23 @@ def is_plain(head: torch.nn.Module) -> bool:
     return type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook")
 
 
+@torch.no_grad()
 def head_blocks(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Float32 logits [N, C] of the ids from `start` on, block after block of the real vocabulary: (start, logits).
 
-    A block is yours to overwrite. Ids without a token are at NEVER. A head that is not plain comes in one.
+    A block is yours to overwrite until the next one comes, which takes its memory: fresh memory costs a CPU
+    more than what is computed in it. Ids without a token are at NEVER. A head that is not plain comes in one.
     """
     if not is_plain(model.get_output_embeddings()):
         yield 0, real_logits(model, hidden_ND, n_real, unused)
         return
     limit = _GPU_HEAD_BYTES if hidden_ND.device.type == "cuda" else BLOCK_BYTES
     width = max(1024, limit // (4 * len(hidden_ND)) // 1024 * 1024)
+    memory = hidden_ND.new_empty(len(hidden_ND) * min(width, n_real))
     for start in range(0, n_real, width):
         stop = min(start + width, n_real)
-        logits_NC = head_logits(model, hidden_ND, slice(start, stop)).float()
+        out_NC = memory[: len(hidden_ND) * (stop - start)].view(len(hidden_ND), stop - start)
+        logits_NC = head_logits(model, hidden_ND, slice(start, stop), out_NC).float()
         if unused.numel():
             here = unused[(unused >= start) & (unused < stop)].to(logits_NC.device)
             logits_NC.index_fill_(1, here - start, NEVER)
