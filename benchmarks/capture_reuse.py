@@ -1,7 +1,7 @@
 """What a rerun costs, against the first run: nothing changed, 1% of the rows appended, all rows reshuffled.
 
 200 shards of real text through SmolLM2-135M, in this process: each run looks at the shard files, plans,
-and captures what the plan says, as `distill run` does without Dagster's records.
+and captures what the plan says: the engine alone, without Dagster's records, the catalog and the capture checks.
 """
 
 from __future__ import annotations

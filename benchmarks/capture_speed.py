@@ -143,8 +143,9 @@ def naive_loop(teacher: Teacher, rows: Sequence[Row], out: Path) -> None:
 
 
 @torch.inference_mode()
-def head_peak_bytes(teacher: Teacher, positions: int = 512) -> int:
-    """Most bytes allocated at once by head, log-sum-exp and top-k of one forward pass, its hidden states aside."""
+def head_peak_bytes(teacher: Teacher) -> int:
+    """Most bytes allocated at once by head, log-sum-exp and top-k of one full forward pass, its hidden states aside."""
+    positions = forward_batch_tokens(teacher.device)
     width = teacher.model.config.hidden_size
     hidden_ND = torch.randn(positions, width, device=teacher.device)
     gold_N = torch.zeros(positions, dtype=torch.int64, device=teacher.device)

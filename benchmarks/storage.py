@@ -29,7 +29,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTar
 from distill_assets.teacher_capture.store import read_rows
 
 K = 32
-SCAN_ROWS = 8  # rows in one batch of training tensors
+SCAN_ROWS = 16  # rows of one batch of training tensors: about the 2,048 tokens that `training.batch_tokens` holds
 
 
 def main() -> None:

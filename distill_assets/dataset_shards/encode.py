@@ -35,7 +35,8 @@ class EncodedRow:
     """One example. `input_ids` [T] int32, `loss_mask` [T] bool with at least one target, T >= 2.
 
     `key` names ids and mask, and nothing else: equal rows of other shards, with other ids or
-    weights, have equal keys. `truncated`: tokens were cut off to fit `max_length`.
+    weights, have equal keys. `truncated`: tokens were cut off to fit `max_length`. `line`: where it stands
+    in its shard, from 1.
     """
 
     input_ids: NDArray[np.int32]
@@ -44,6 +45,7 @@ class EncodedRow:
     id: str | None
     weight: float
     truncated: bool
+    line: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Encoder:
         if self._data.supervise == "all":
             mask_T[:] = True
         mask_T[:1] = False
-        return EncodedRow(ids_T, mask_T, row_key(ids_T, mask_T), row.id, row.weight, truncated)
+        return EncodedRow(ids_T, mask_T, row_key(ids_T, mask_T), row.id, row.weight, truncated, row.line)
 
     def _ids_and_mask(self, content: Text | Completion | Chat | Ids) -> tuple[ArrayLike, ArrayLike, bool]:
         longest = self._data.max_length

@@ -17,7 +17,13 @@ from distill_assets.foundation.errors import DeviceError
 # Devices are the machine's, not a home's: one lock file each, for all processes of a user.
 LOCKS = Path(tempfile.gettempdir()) / f"distill_assets-devices-{getpass.getuser()}"
 _LOOK_SECONDS = 0.2  # between two looks at devices that are all taken
-_MEMORY_WORDS = ("can't allocate memory", "MPS backend out of memory")  # allocators without an exception of their own
+_MEMORY_WORDS = (  # of what raises no exception of its own: host and pinned memory, libraries beside the allocator
+    "can't allocate memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -84,6 +90,27 @@ def leased(choices: Sequence[str], every: bool = False, folder: Path = LOCKS) ->
                 lock.release()
             return
         time.sleep(_LOOK_SECONDS)
+
+
+class Turn:
+    """Devices that stay leased between uses, as long as what is loaded on them stays there."""
+
+    def __init__(self, folder: Path = LOCKS) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._held: tuple[object, str | None] | None = None
+
+    def take(self, asked: object, choices: Sequence[str], every: bool = False) -> str | None:
+        """As `leased`, for whoever `asked`: the device held for them already, else another, given back first."""
+        if self._held is None or self._held[0] != asked:
+            self.give_back()
+            self._held = (asked, self._stack.enter_context(leased(choices, every, self._folder)))
+        return self._held[1]
+
+    def give_back(self) -> None:
+        """Let other processes have the devices."""
+        self._held = None
+        self._stack.close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -31,7 +31,7 @@ from distill_assets.student_model.training import train_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_row_keys, read_rows
-from distill_assets.teacher_capture.teacher import load_teacher
+from distill_assets.teacher_capture.teacher import release_teacher
 
 
 class StudentSide:
@@ -141,7 +141,7 @@ class StudentSide:
         self.pipeline.require_usable_pair()
         if force or not self.exists(kind):
             spec = self.pipeline.spec
-            load_teacher.cache_clear()  # the student needs the room, and never the teacher
+            release_teacher()  # the student needs the room, and never the teacher
             train_student(
                 self._spec(kind),
                 self._initial(device),

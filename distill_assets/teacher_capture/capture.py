@@ -59,7 +59,8 @@ def capture_shard(
     """Make the capture of `shard` under `spec` current.
 
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
-    only if a row is left for it. `force` recaptures every row; a damaged capture is made again; an imported
+    only if a row is left for it. `force` recaptures every row, but for chunks that a killed forced run finished;
+    a damaged capture is made again; an imported
     one stands whatever is asked, and PinnedCapture is raised where it does not fit the shard. What is
     wrong with the shard is recorded in the store under this content and raised; anything else (a device,
     a full disk) only raised. The file appears whole or not at all; a killed run goes on from its last
@@ -113,7 +114,7 @@ def _capture(
     chunks = plan_chunks(encoded.rows, planned)
     finished = ChunkFolder(store.unfinished(*name), spec.targets)
     if force:
-        finished.clear()
+        finished.begin_anew()
     before = _Before(spec, store, finished, force)
     todo = [chunk for chunk in chunks if not finished.is_finished(chunk)]
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}

@@ -36,6 +36,7 @@ WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at o
 _FOOTER = b"distill_chunk"
 SHORT_LIVED = 1  # level of zstd for files that live as long as the capture is under way
 _BUDGET = "forward_tokens.json"
+_FORCED = "forced"  # marks chunks that trust nothing captured before
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,13 @@ class ChunkFolder:
             return pq.read_table(file, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise CaptureError(f"{file}: damaged or unreadable ({error}); delete it and run again") from error
+
+    def begin_anew(self) -> None:
+        """Forget all chunks but those of a forced capture that was killed."""
+        if not (self.folder / _FORCED).exists():
+            self.clear()
+            self.folder.mkdir(parents=True)
+            (self.folder / _FORCED).touch()
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

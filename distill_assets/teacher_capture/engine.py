@@ -172,9 +172,10 @@ def _to_rows(
         start = part.stop
         bad = ~np.isfinite(entropy_N[part]) | ~np.isfinite(logprobs_NK[part]).all(-1) | ~np.isfinite(gold_N[part])
         if bad.any():
+            position = positions_P[bad.argmax()]
             raise CaptureError(
-                f"the teacher's logits are not finite at position {positions_P[bad.argmax()]} of the row with key "
-                f"{row.key}; try dtype float32, or look for damaged weights"
+                f"the teacher's logits are not finite at position {position} of the row in line {row.line} "
+                f"(key {row.key}); try dtype float32, or look for damaged weights"
             )
         kept_PK = keep_NK[part]
         out.append(

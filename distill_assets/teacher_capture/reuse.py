@@ -18,7 +18,7 @@ class _KeyIndex:
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[tuple[int, int], list[RowKey]]] = {}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, set[Place]] = {}
 
     def look_at(self, paths: Collection[Path]) -> None:
         """Take in files that are new or were replaced, and forget those that are gone."""
@@ -29,17 +29,19 @@ class _KeyIndex:
                 signatures[path] = (stat.st_mtime_ns, stat.st_size)
         gone = [path for path, (signature, _) in self._files.items() if signatures.get(path) != signature]
         for path in gone:
-            del self._files[path]
-        new = signatures.keys() - self._files.keys()
-        for path in new:
+            for row in self._files.pop(path)[1]:
+                if places := self._places.get(row.key):
+                    places.discard((path, row.row_group))
+                    if not places:
+                        del self._places[row.key]
+        for path in signatures.keys() - self._files.keys():
             self._files[path] = (signatures[path], _keys_or_none(path))
-        if gone:
-            self._places.clear()
-        for path in self._files if gone else new:
-            self._places.update({row.key: (path, row.row_group) for row in self._files[path][1]})
+            for row in self._files[path][1]:
+                self._places.setdefault(row.key, set()).add((path, row.row_group))
 
     def places(self, keys: Collection[str]) -> dict[str, Place]:
-        return {key: self._places[key] for key in keys if key in self._places}
+        """One place of each key that is held anywhere: of several always the same."""
+        return {key: min(self._places[key]) for key in keys if key in self._places}
 
 
 def _keys_or_none(path: Path) -> list[RowKey]:

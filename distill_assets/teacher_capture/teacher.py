@@ -5,6 +5,7 @@ Legend: N = chosen positions, K = most ids kept, S = tail samples.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill_assets.foundation.devices import cuda_choices, fits_one, leased, resolve_device
+from distill_assets.foundation.devices import Turn, cuda_choices, fits_one, resolve_device
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.language_model import (
     head_width,
@@ -26,6 +27,7 @@ from distill_assets.foundation.language_model import (
 from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype
 
+_turn = Turn()  # of the teacher that is loaded
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -47,12 +49,26 @@ def teacher_in_turn(weights: Weights, dtype: Dtype, device: str) -> Iterator[Tea
     """The teacher on a device that is ours meanwhile.
 
     Where `device` leaves a choice of CUDA devices, one is leased, so that runs at the same time take one
-    each; a teacher that does not fit into one is spread over all of them.
+    each; a teacher that does not fit into one is spread over all of them. It stays loaded, and the device
+    leased, until `release_teacher`.
     """
     choices = cuda_choices(device)
-    spread = bool(choices) and not fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices)
-    with leased(choices, every=spread) as one:
-        yield load_teacher(weights, dtype, one or device, spread)
+    if not choices:
+        yield load_teacher(weights, dtype, device)
+    elif fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices):
+        yield load_teacher(weights, dtype, _turn.take((weights, dtype), choices) or device)
+    else:
+        _turn.take((weights, dtype), choices, every=True)
+        yield load_teacher(weights, dtype, device, spread=True)
+
+
+def release_teacher() -> None:
+    """Forget the loaded teacher and give its device back: a student needs the room."""
+    load_teacher.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _turn.give_back()
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ from distill_assets.foundation.language_model import head_blocks
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 
-MOST_ROWS = 4096  # positions at a time; more would make the blocks too narrow
+MOST_ROWS = 2048  # positions at a time; more would make the blocks too narrow, or too large
 _TILE = 16  # ids that are looked at together when a CPU searches for candidates; not neighbours, but a stride apart
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill_assets.foundation.devices import cuda_choices, leased
+import pytest
+
+from distill_assets.foundation.devices import Turn, cuda_choices, is_out_of_memory, leased
 
 HOLD = """
 import sys, time
@@ -75,3 +77,31 @@ def test_nothing_is_leased_where_there_is_no_choice(tmp_path: Path) -> None:
 
 def test_a_cpu_leaves_no_choice() -> None:
     assert cuda_choices("cpu") == []
+
+
+def test_a_device_stays_taken_until_it_is_given_back(tmp_path: Path) -> None:
+    turn = Turn(tmp_path)
+    assert turn.take("teacher", NAMES) == turn.take("teacher", NAMES) == "cuda:0"
+    with holder(tmp_path) as other:
+        assert taken_by(other) == "cuda:1"
+        turn.give_back()
+        assert turn.take("another teacher", NAMES) == "cuda:0"
+    assert turn.take("teacher", NAMES) == "cuda:0"  # of the other teacher, given back for it
+    turn.give_back()
+    with leased(NAMES, every=True, folder=tmp_path) as ours:
+        assert ours is None
+
+
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: Exception, out: bool) -> None:
+    assert is_out_of_memory(error) is out

@@ -28,6 +28,7 @@ def row(ids: list[int], mask: list[int] | None = None) -> EncodedRow:
         id=None,
         weight=1.0,
         truncated=False,
+        line=1,
     )
 
 
@@ -113,7 +114,7 @@ def test_logits_that_are_not_finite_name_row_and_position(tmp_path: Path, tokeni
     teacher = load(tiny.save_model(tmp_path / "broken", tokenizer))
     with torch.no_grad():
         teacher.model.get_input_embeddings().weight[77] = float("nan")
-    with pytest.raises(CaptureError, match=r"position \d+ of the row with key") as caught:
+    with pytest.raises(CaptureError, match=r"position \d+ of the row in line 1 \(key ") as caught:
         score(teacher, [row([5, 9, 77, 300, 12, 8])])
     assert "\n" not in str(caught.value)
     load_teacher.cache_clear()

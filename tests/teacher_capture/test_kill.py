@@ -35,7 +35,7 @@ from tests.bench import Bench
 
 bench = Bench(Path(sys.argv[1]))
 capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens={BATCH_TOKENS},
-              on_progress=lambda progress: print(progress.done, progress.total, flush=True))
+              force=len(sys.argv) > 2, on_progress=lambda progress: print(progress.done, progress.total, flush=True))
 """
 
 
@@ -66,10 +66,10 @@ def capture(bench: Bench, **options: object) -> tuple[CaptureReport, int]:
     return report, seen[0]
 
 
-def killed_after(bench: Bench, reports: int) -> int:
+def killed_after(bench: Bench, reports: int, force: bool = False) -> int:
     """Start a capture, kill it (SIGKILL) after so many progress reports; the tokens it said it had done."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CAPTURE, str(bench.home.root)],
+        [sys.executable, "-c", CAPTURE, str(bench.home.root), *(["force"] if force else [])],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -116,6 +116,16 @@ def test_a_forced_capture_trusts_nothing_but_itself(bench: Bench) -> None:
     stats = report.capture.stats
     assert (stats.rows, stats.rows_captured, stats.rows_reused) == (ROWS + 5, ROWS, 5)
     assert tokens == stats.tokens_captured
+
+
+def test_a_forced_capture_that_was_killed_goes_on_when_it_is_forced_again(bench: Bench) -> None:
+    killed_after(bench, 60)  # its chunks a forced capture does not trust
+    first = killed_after(bench, 120, force=True)
+    report, tokens = capture(bench, force=True)
+    stats = report.capture.stats
+    assert (stats.rows_captured, stats.rows_reused) == (ROWS, 5) and 0 < tokens < stats.tokens_captured
+    assert first + tokens >= stats.tokens_captured
+    assert capture(bench, force=True)[1] == stats.tokens_captured
 
 
 def test_damaged_chunks_are_done_again(bench: Bench) -> None:
