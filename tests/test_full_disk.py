@@ -10,10 +10,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from distill_assets.foundation.files import disk_problem
+from distill_assets.teacher_capture.capture import capture_shard
+from tests import tiny
+from tests.bench import Bench
 
+CAPTURE = """
+import resource, sys
+from pathlib import Path
+from distill_assets.foundation.files import disk_problem
+from distill_assets.teacher_capture.capture import capture_shard
+from tests.bench import Bench
+
+bench = Bench(Path(sys.argv[1]))
+spec, shard = bench.spec, bench.shards["s0"]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    capture_shard(spec, shard, bench.store, device="cpu", batch_tokens=64)
+except OSError as error:
+    sys.exit(7 if disk_problem(error) else 1)
+"""
 LARGEST_FILE_BYTES = 300_000  # Dagster's database reaches it in the middle of the first run
 
 
@@ -40,6 +59,26 @@ def test_a_full_disk_is_one_line_and_loses_nothing(home: Path) -> None:
     assert answer["failures"] == {} and answer["report"]
     assert len(answer["captured_shards"]) == 4 - len(kept)
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_disk_that_fills_up_in_a_capture_keeps_its_finished_chunks(
+    tmp_path: Path, teacher_folder: Path, bench: Bench
+) -> None:
+    rows = tiny.example_rows(300)
+    for root in (bench.home.root, other := tiny.make_home(tmp_path / "other", teacher_folder, shards=1)):
+        tiny.write_jsonl(root / "shards" / "s0.jsonl", rows)
+    undisturbed = Bench(other)
+    expected = capture_shard(
+        undisturbed.spec, undisturbed.shards["s0"], undisturbed.store, device="cpu", batch_tokens=64
+    )
+    whole = expected.capture.path.stat().st_size
+    for limit in (whole // 50, whole // 2):  # not a chunk fits; chunks fit, the capture file does not
+        child = subprocess.run([sys.executable, "-c", CAPTURE, str(bench.home.root), str(limit)], check=False)
+        assert child.returncode == 7
+        assert not list(bench.home.captures.rglob("s0@*.parquet")) and not list(bench.home.captures.rglob(".partial-*"))
+    assert list(bench.home.captures.rglob(".unfinished-*/*.parquet"))
+    resumed = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=64).capture
+    assert pq.read_table(resumed.path).equals(pq.read_table(expected.capture.path))
 
 
 def test_the_disk_is_named_wherever_it_stands_in_the_chain() -> None:

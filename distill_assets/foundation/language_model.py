@@ -220,6 +220,8 @@ def verify_split(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name}: {type(model).__name__} has no language-model head to distil from")
     ids_BT = torch.arange(1, 9, device=model.device).remainder(width)[None]
     own = model(input_ids=ids_BT, use_cache=False).logits.float()
+    if not own.isfinite().all():
+        raise ModelError(f"{name}: its logits are not finite; its weights are damaged, or its dtype too narrow")
     ours = head_logits(model, hidden_states(model, ids_BT)).float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance):

@@ -92,6 +92,14 @@ def test_a_model_that_bends_its_logits_in_an_unknown_way_is_refused() -> None:
         verify_split(model, "bent")
 
 
+def test_weights_that_are_not_numbers_are_named_as_what_is_wrong(teacher_folder: Path) -> None:
+    model = load_model(ModelFolder("tiny", teacher_folder, None), "float32", CPU)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="tiny: its logits are not finite; its weights are damaged"):
+        verify_split(model, "tiny")
+
+
 def test_a_model_without_a_head_is_refused(teacher_folder: Path) -> None:
     body = load_model(ModelFolder("tiny", teacher_folder, None), "float32", CPU).base_model
     with pytest.raises(ModelError, match="LlamaModel has no language-model head"):
