@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from distill_assets.foundation.language_model import HEAD_ROWS
 from distill_assets.student_model.batches import IGNORED, collate
+from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
@@ -69,8 +67,9 @@ def test_chunked_loss_and_gradient_equal_the_dense_ones(
     student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow], kd_weight: float
 ) -> None:
     rows = [replace(row, weight=0.5 + i % 3) for i, row in enumerate(rows)]
-    assert positions(rows) > 2 * HEAD_ROWS  # several chunks, the last one short
-    loss = DistillationModule(student, vocabulary, kd_weight)(**collate(rows, with_targets=True))["loss"]
+    loss = DistillationModule(student, vocabulary, LossMixture(kd_weight=kd_weight))(
+        **collate(rows, with_targets=True)
+    )["loss"]
     loss.backward()
     ours = gradients(student)
     student.zero_grad()
@@ -84,7 +83,7 @@ def test_chunked_loss_and_gradient_equal_the_dense_ones(
 def test_the_teacher_as_its_own_student_has_nothing_to_learn_unless_rows_are_shifted(
     teacher_model: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
 ) -> None:
-    module = DistillationModule(teacher_model, vocabulary, 1.0)
+    module = DistillationModule(teacher_model, vocabulary, LossMixture(kd_weight=1.0))
 
     def shifted(by: int) -> float:
         moved = []
@@ -110,7 +109,9 @@ def test_the_teacher_as_its_own_student_has_nothing_to_learn_unless_rows_are_shi
 def test_the_cross_entropy_is_that_of_the_captured_gold_token(
     teacher_model: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
 ) -> None:
-    ce = DistillationModule(teacher_model, vocabulary, 0.0)(**collate(rows, with_targets=False))["ce"]
+    ce = DistillationModule(teacher_model, vocabulary, LossMixture(kd_weight=0.0))(**collate(rows, with_targets=False))[
+        "ce"
+    ]
     gold = np.concatenate([row.targets.gold_logprob_P for row in rows])
     assert float(ce) == pytest.approx(-gold.mean(dtype=np.float64), rel=1e-5)
 
@@ -118,7 +119,7 @@ def test_the_cross_entropy_is_that_of_the_captured_gold_token(
 def test_shares_of_a_step_add_up_to_the_step(
     student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
 ) -> None:
-    module = DistillationModule(student, vocabulary, 0.9)
+    module = DistillationModule(student, vocabulary, LossMixture(kd_weight=0.9))
     whole = module(**collate(rows, with_targets=True))["loss"]
     whole.backward()
     expected = gradients(student)
@@ -144,39 +145,18 @@ def test_padding_rows_of_the_head_and_unused_ids_take_no_part(
         wide.get_input_embeddings().weight[len(tokenizer) :] = 3.0  # tied: logits that would take mass
     batch = collate(rows, with_targets=True)
     batch["support_ids_NK"] = batch["support_ids_NK"].where(batch["support_ids_NK"] != unused, 8)
-    narrow_loss = DistillationModule(student, vocabulary, 0.9)(**batch)["loss"]
-    wide_module = DistillationModule(wide, vocabulary, 0.9)
+    narrow_loss = DistillationModule(student, vocabulary, LossMixture(kd_weight=0.9))(**batch)["loss"]
+    wide_module = DistillationModule(wide, vocabulary, LossMixture(kd_weight=0.9))
     wide_loss = wide_module(**batch)["loss"]
     torch.testing.assert_close(wide_loss, narrow_loss)
     wide_loss.backward()
     assert (wide.get_input_embeddings().weight.grad[len(tokenizer) :] == 0).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any operation gave back."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.largest = max(self.largest, *sizes, 0)
-        return result
-
-
-def test_no_tensor_is_as_large_as_the_logits_of_all_positions(
-    student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
-) -> None:
-    batch = collate(rows, with_targets=True)
-    with LargestTensor() as seen:
-        DistillationModule(student, vocabulary, 0.9)(**batch)["loss"].backward()
-    assert HEAD_ROWS * vocabulary.n_real <= seen.largest < positions(rows) * vocabulary.n_real
-
-
 def test_mean_losses_are_means_over_positions_whatever_the_batches(
     student: PreTrainedModel, vocabulary: StudentVocabulary, rows: list[CapturedRow]
 ) -> None:
-    module = DistillationModule(student, vocabulary, 0.9).train()
+    module = DistillationModule(student, vocabulary, LossMixture(kd_weight=0.9)).train()
     whole = module(**collate(rows, with_targets=True))
     kd, ce = mean_losses(module, (collate(part, with_targets=True) for part in (rows[:1], rows[1:])))
     assert (kd, ce) == (pytest.approx(float(whole["kd"]), rel=1e-5), pytest.approx(float(whole["ce"]), rel=1e-5))
@@ -207,7 +187,7 @@ def test_rows_of_several_lengths_do_not_see_their_padding(
             tail_logprob_P=rows[0].targets.tail_logprob_P[:1],
         ),
     )
-    module = DistillationModule(student, vocabulary, 0.9)
+    module = DistillationModule(student, vocabulary, LossMixture(kd_weight=0.9))
     alone = module(**collate([short], with_targets=True), num_items_in_batch=1)["loss"]
     other = module(**collate([rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
     together = module(**collate([short, rows[1]], with_targets=True), num_items_in_batch=1)["loss"]
@@ -227,7 +207,7 @@ def test_chunked_losses_of_drawn_targets_equal_the_dense_ones(
             outside = [np.setdiff1d(np.arange(300), row.targets.support_ids_N[8 * p : 8 * p + 8]) for p in range(n)]
             columns = {"tail_sample_ids_PS": np.stack([rng.choice(ids, 2) for ids in outside]).astype(np.int32)}
         drawn_rows.append(replace(row, weight=0.5 + i % 3, targets=replace(row.targets, **columns)))
-    module = DistillationModule(student, vocabulary, 0.7, tail_sample_weight=0.4)
+    module = DistillationModule(student, vocabulary, LossMixture(kd_weight=0.7, tail_sample_weight=0.4))
     loss = module(**collate(drawn_rows, with_targets=True))["loss"]
     loss.backward()
     ours = gradients(student)
