@@ -4,7 +4,7 @@ Legend: N = positions, V = real vocabulary ids, K = most ids kept, J = K + 1 out
 L = ids that count one by one.
 
 Every loss here is a function of the student's log-probabilities of few things: of kept ids, of the tail
-(all other ids together, in all probability Q), and of single ids such as the token that came. Its gradient on
+(all other ids together, Q their probability), and of single ids such as the token that came. Its gradient on
 the logits z follows by hand. With q = softmax(z) and Q = sum of q over the ids of the tail,
 
     d log q_i / d z_j = 1[i = j] - q_j
@@ -12,9 +12,9 @@ the logits z follows by hand. With q = softmax(z) and Q = sum of q over the ids 
 
 so a loss with the slopes a_i on log q_i and a_T on log Q, which together are A, has the gradient
 
-    at a kept id j         a_j - A q_j
-    at an id j of the tail (a_T - A Q) q_j / Q
-    at a single id besides its slope
+    at a kept id j          a_j - A q_j
+    at an id j of the tail  (a_T - A Q) q_j / Q
+    and at a single id j    a_j besides
 
 The slopes of divergences stand in `divergences`. Weighted ids i of a drawn target are single ids with slopes
 -w_i, the gold token is one with -1, without any a_T. Tail samples, lambda m mean_j(-log(q_j / Q)),
