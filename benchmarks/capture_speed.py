@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from workload import (
     WIDE_VOCABULARY,
     BenchHome,
@@ -24,6 +23,7 @@ from workload import (
     arguments,
     by_turns,
     n_tokens,
+    peak_bytes,
     random_model,
     real_rows,
     scratch,
@@ -149,19 +149,7 @@ def head_peak_bytes(teacher: Teacher) -> int:
     width = teacher.model.config.hidden_size
     hidden_ND = torch.randn(positions, width, device=teacher.device)
     gold_N = torch.zeros(positions, dtype=torch.int64, device=teacher.device)
-    if teacher.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        top_k_targets(teacher, hidden_ND, gold_N, TargetSettings(k=K))
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        top_k_targets(teacher, hidden_ND, gold_N, TargetSettings(k=K))
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return peak_bytes(lambda: top_k_targets(teacher, hidden_ND, gold_N, TargetSettings(k=K)), teacher.device)
 
 
 if __name__ == "__main__":

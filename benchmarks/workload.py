@@ -28,6 +28,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_assets.dataset_shards.discover import Shard, discover_shards
@@ -91,10 +92,17 @@ def smollm2() -> Path:
 
 def random_model(folder: Path, vocabulary: int = WIDE_VOCABULARY, width: int = 512, layers: int = 12) -> Path:
     """A small random Llama with a vocabulary of words t0, t1, ..."""
-    torch.manual_seed(0)
     words = {f"t{i}": i for i in range(vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    random_llama(vocabulary, width, layers).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t2").save_pretrained(folder)
+    return folder
+
+
+def random_llama(vocabulary: int, width: int, layers: int) -> LlamaForCausalLM:
+    """Random float32 weights, input embeddings and head tied."""
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -106,9 +114,7 @@ def random_model(folder: Path, vocabulary: int = WIDE_VOCABULARY, width: int = 5
         initializer_range=0.05,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t2").save_pretrained(folder)
-    return folder
+    return LlamaForCausalLM(config)
 
 
 def real_rows(teacher: Path, n_tokens: int) -> list[Row]:
@@ -181,6 +187,23 @@ def by_turns(ways: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, 
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def peak_bytes(way: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated at once while `way` runs, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -166,14 +167,41 @@ def head_logits(
         logits_NW = torch.mm(hidden_ND, head.weight[columns].t(), out=out)
         if head.bias is not None:
             logits_NW += head.bias[columns]
-    config: Any = model.config
-    if scale := getattr(config, "logit_scale", None):  # Cohere
+    scale, cap = _logit_transform(model)
+    if scale != 1.0:
         logits_NW = logits_NW * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits_NW = logits_NW / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+    if cap is not None:
         logits_NW = torch.tanh(logits_NW / cap) * cap
     return logits_NW
+
+
+def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the architecture multiplies its logits with, and where it caps them softly."""
+    config: Any = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None) or None  # Gemma
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """A head in its parts: logits = cap x tanh(scale x (hidden W^T + bias) / cap), without `cap` the scaled product."""
+
+    weight_WD: Tensor
+    bias_W: Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def plain_head(model: PreTrainedModel) -> PlainHead:
+    """The head's parts, the parameters themselves. ModelError where it is not plain."""
+    head = model.get_output_embeddings()
+    if not is_plain(head):
+        raise ModelError(
+            f"the head of this {type(model).__name__} is a {type(head).__name__}, not one matrix in memory; "
+            "leave it out of adapters, quantisation and offloading"
+        )
+    return PlainHead(head.weight, head.bias, *_logit_transform(model))
 
 
 def is_plain(head: torch.nn.Module) -> bool:

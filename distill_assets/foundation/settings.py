@@ -28,6 +28,7 @@ from distill_assets.foundation.errors import SettingsError
 SETTINGS_FILE = "distill.yaml"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Objective = Literal["forward_kl", "reverse_kl", "jsd", "renormalized"]
 _YAML_TEXT_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")  # 2e-4: a number everywhere but in YAML 1.1
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -177,8 +178,16 @@ class TargetSettings(Spec):
 class TrainingSettings(Spec):
     """How the student learns. All of it is part of the student's identity."""
 
-    objective: Literal["forward_kl"] = Field(
-        "forward_kl", description="forward KL on the kept ids with one bucket for the tail"
+    objective: Objective = Field(
+        "forward_kl",
+        description="forward_kl, reverse_kl, jsd: on the kept ids with one bucket for the tail; renormalized: forward "
+        "KL without the tail, biased, to compare with; sampled and threshold targets know forward_kl only",
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0.0,
+        le=100.0,
+        description="forward_kl of top_k: softens which of the kept ids, never how much the tail has",
     )
     kd_weight: float = Field(0.9, ge=0.0, le=1.0, description="weight of distillation; the rest is cross-entropy")
     tail_sample_weight: float = Field(
@@ -193,9 +202,19 @@ class TrainingSettings(Spec):
     freeze_embeddings: bool = Field(False, description="keep input embeddings (and a tied head) as they start")
     seed: int = Field(0, ge=0, description="seed of the row order and of random initial weights")
 
+    @field_validator("temperature")
+    @classmethod
+    def _belongs_to_the_objective(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1.0 and (objective := info.data.get("objective", "forward_kl")) != "forward_kl":
+            raise ValueError(f"belongs to objective forward_kl, and objective is {objective}; remove it")
+        return value
+
     def effective(self, targets: TargetSettings) -> dict[str, Any]:
         """The settings that make a difference to a student of these targets."""
-        return self.model_dump(exclude=set() if targets.tail_samples else {"tail_sample_weight"})
+        without = set() if targets.tail_samples else {"tail_sample_weight"}
+        if self.temperature == 1.0:
+            without.add("temperature")
+        return self.model_dump(exclude=without)
 
 
 class AutomationSettings(Spec):
@@ -217,6 +236,22 @@ class Settings(Spec):
     training: TrainingSettings = TrainingSettings()
     control: bool = Field(True, description="also train the hard-label control student")
     automation: AutomationSettings = AutomationSettings()
+
+    @field_validator("training")
+    @classmethod
+    def _fits_the_targets(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
+        """`targets` is absent where it is itself refused."""
+        targets = info.data.get("targets", TargetSettings())
+        if targets.has_weights and training.objective != "forward_kl":
+            raise ValueError(f"objective {training.objective} needs top_k targets, and targets.kind is {targets.kind}")
+        if targets.has_weights and training.temperature != 1.0:
+            raise ValueError(f"temperature needs top_k targets, and targets.kind is {targets.kind}; remove it")
+        if targets.tail_samples and training.tail_sample_weight and training.objective != "forward_kl":
+            raise ValueError(
+                f"tail samples belong to objective forward_kl, and objective is {training.objective}; "
+                "set tail_sample_weight: 0.0"
+            )
+        return training
 
 
 def load_settings(file: Path) -> Settings:

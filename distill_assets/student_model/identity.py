@@ -12,7 +12,12 @@ from distill_assets.student_model.vocabulary import StudentVocabulary
 StudentKind = Literal["student", "control"]
 
 RECIPE = 1  # raised when the same settings come to mean other arithmetic
-_TARGETS_ONLY = {"objective", "kd_weight", "tail_sample_weight"}  # training settings without effect on hard labels
+_TARGETS_ONLY = {
+    "objective",
+    "temperature",
+    "kd_weight",
+    "tail_sample_weight",
+}  # training settings without effect on hard labels
 
 
 class WeightedRow(Protocol):

@@ -138,8 +138,10 @@ def _model_card(record: StudentRecord) -> str:
     if spec.kind == "student":
         # What was drawn gives the gradient of a divergence, but not its value.
         by_chance = spec.targets.get("kind", "top_k") != "top_k"
+        softened = "" if training.temperature == 1.0 else f" at temperature {training.temperature:g}"
+        loss = "weighted cross-entropy" if by_chance else training.objective + softened
         goal = (
-            f"{training.kd_weight:g} x {'weighted cross-entropy' if by_chance else training.objective} against the "
+            f"{training.kd_weight:g} x {loss} against the "
             f"captured next-token distributions of {spec.teacher} + {1 - training.kd_weight:g} x cross-entropy"
         )
     else:

@@ -34,6 +34,7 @@ from distill_assets.foundation.language_model import head_width
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
+from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
 from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
 from distill_assets.student_model.vocabulary import FitReport, fit_rows
@@ -69,8 +70,9 @@ def train_student(
     if spec.training.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     with_targets = spec.kind == "student"
-    kd_weight = spec.training.kd_weight if with_targets else 0.0
-    module = DistillationModule(model, spec.vocabulary, kd_weight, spec.training.tail_sample_weight)
+    chosen = spec.training
+    mixture = LossMixture(chosen.objective, chosen.temperature, chosen.kd_weight, chosen.tail_sample_weight)
+    module = DistillationModule(model, spec.vocabulary, mixture)
     plan = plan_batches(
         [len(row.input_ids) for row in train_rows],
         spec.training.batch_tokens,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill_assets.foundation.errors import SettingsError
-from distill_assets.foundation.settings import TargetSettings, load_settings
+from distill_assets.foundation.settings import Settings, TargetSettings, load_settings
 
 SMALLEST = "teacher: {model: a}\nstudent: {model: b}\n"
 
@@ -176,3 +176,47 @@ def test_targets_are_told_apart_by_what_belongs_to_their_kind() -> None:
     assert TargetSettings(k=8, tail_samples=2).identity["tail_samples"] == 2
     assert TargetSettings(kind="sampled").identity == {"kind": "sampled", "samples": 50, "precision": "compact"}
     assert TargetSettings(kind="threshold").identity == {"kind": "threshold", "tau": 0.02, "precision": "compact"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "targets: {kind: sampled}\ntraining: {objective: jsd}",
+            "training: objective jsd needs top_k targets, and targets.kind is sampled",
+        ),
+        (
+            "targets: {kind: threshold}\ntraining: {temperature: 2.0}",
+            "training: temperature needs top_k targets, and targets.kind is threshold; remove it",
+        ),
+        (
+            "targets: {tail_samples: 2}\ntraining: {objective: renormalized}",
+            "training: tail samples belong to objective forward_kl, and objective is renormalized; "
+            "set tail_sample_weight: 0.0",
+        ),
+        (
+            "targets: {}\ntraining: {objective: reverse_kl, temperature: 2.0}",
+            "training.temperature: belongs to objective forward_kl, and objective is reverse_kl; remove it",
+        ),
+        (
+            "targets: {}\ntraining: {objective: kl}",
+            "training.objective: input should be 'forward_kl', 'reverse_kl', 'jsd' or 'renormalized' (given: 'kl')",
+        ),
+    ],
+)
+def test_a_loss_that_the_targets_do_not_allow_is_refused(tmp_path: Path, lines: str, said: str) -> None:
+    assert refusal(tmp_path, SMALLEST + lines + "\n") == f"F line 4: {said}"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "training: {objective: reverse_kl}",
+        "training: {objective: forward_kl, temperature: 2.0}",
+        "targets: {tail_samples: 2}\ntraining: {objective: jsd, tail_sample_weight: 0.0}",
+    ],
+)
+def test_a_loss_that_the_targets_allow_is_taken(tmp_path: Path, lines: str) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_text(SMALLEST + lines + "\n", encoding="utf-8")
+    assert load_settings(file).training != Settings.model_fields["training"].default

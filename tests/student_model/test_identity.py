@@ -44,7 +44,13 @@ EVERYTHING = [
     {"vocabulary": StudentVocabulary(100)},
     {"tokenizer": "u"},
 ]
-TARGETS = [{"capture_ids": ["d"]}, {"capture_ids": ["c", "d"]}, {"training": TrainingSettings(kd_weight=0.5)}]
+TARGETS = [
+    {"capture_ids": ["d"]},
+    {"capture_ids": ["c", "d"]},
+    {"training": TrainingSettings(kd_weight=0.5)},
+    {"training": TrainingSettings(objective="jsd")},
+    {"training": TrainingSettings(temperature=2.0)},
+]
 
 
 @pytest.mark.parametrize("kind", ["student", "control"])

@@ -20,6 +20,7 @@ from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.initial import initial_student
+from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule
 from distill_assets.student_model.saving import StudentSpec, UsedCapture, read_student
 from distill_assets.student_model.training import (
@@ -185,7 +186,7 @@ def test_two_accumulated_batches_are_one_step_over_both(
     teacher: ModelFolder, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
     def trained(plan: list[list[int]], accumulation: int) -> DistillationTrainer:
-        module = DistillationModule(fresh(teacher), StudentVocabulary(320), 0.9)
+        module = DistillationModule(fresh(teacher), StudentVocabulary(320), LossMixture(kd_weight=0.9))
         arguments = training_arguments(spec_of().training, 1, torch.device("cpu"), tmp_path)
         arguments.gradient_accumulation_steps = accumulation
         trainer = DistillationTrainer(module, arguments, rows, plan, with_targets=True)
