@@ -6,7 +6,10 @@ word boundaries, byte fallback, merges of long words, special tokens written out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
 
 _SCRIPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -86,8 +89,43 @@ PROBES: tuple[str, ...] = (
 
 
 def in_context(tokens: Iterable[str]) -> list[str]:
-    """Each token's text alone, inside a word, and between blanks: flags such as `lstrip` show there."""
-    return [text for token in tokens for text in (token, f"a{token}b", f"a  {token}  b")]
+    """Each token's text alone, inside a word, between blanks, and in other letters: its flags show there."""
+    return [
+        text
+        for token in tokens
+        for text in (token, f"a{token}b", f"a  {token}  b", *dict.fromkeys((token.lower(), token.upper())))
+    ]
+
+
+def each_character() -> list[str]:
+    """Every assigned character within a word, of the many thousand ideographs and syllables every 64th."""
+    found = []
+    for code in range(sys.maxunicode + 1):
+        letter = chr(code)
+        if unicodedata.category(letter) in ("Cn", "Cs", "Co"):
+            continue
+        if code % 64 == 0 or not unicodedata.name(letter, "").startswith(_MANY):
+            found.append(f"a{letter}b")
+    return found
+
+
+_MANY = (
+    "CJK UNIFIED",
+    "HANGUL SYLLABLE",
+    "TANGUT",
+    "EGYPTIAN",
+    "CUNEIFORM",
+    "YI SYLLABLE",
+    "ANATOLIAN",
+    "KHITAN",
+    "NUSHU",
+)
+
+
+def side_by_side(tokens: Sequence[str], n: int = 20_000) -> list[str]:
+    """`n` texts of two or three tokens each, the same ones every time."""
+    random = Random(0)
+    return ["".join(random.choices(tokens, k=random.choice((2, 3)))) for _ in range(n)]
 
 
 def shortest(text: str, differs: Callable[[str], bool]) -> str:
