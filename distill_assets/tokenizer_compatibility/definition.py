@@ -172,25 +172,21 @@ class Definition:
         return list(self._state["added_tokens"])
 
     @cached_property
-    def added(self) -> dict[str, Rule]:
-        """Added tokens by content, with id and the flags that have an effect.
+    def idle_flags(self) -> frozenset[str]:
+        """Flags of added tokens that have no effect here.
 
         `special` has one only where special tokens are not to be found in texts. `normalized` has none
         where nothing is normalised and no two contents can overlap, so that it does not matter which are
         looked for first. Stripping has none where blanks are dropped anyway.
         """
-        dropped = set() if self.split_special_tokens else {"special"}
-        listed = self.listed
-        contents = [token["content"] for token in listed]
-        bare = not any(token[flag] for token in listed for flag in ("lstrip", "rstrip", "single_word"))
+        idle = set() if self.split_special_tokens else {"special"}
+        contents = [token["content"] for token in self.listed]
+        bare = not any(token[flag] for token in self.listed for flag in ("lstrip", "rstrip", "single_word"))
         if bare and not self.normalizer and not _overlap(contents):
-            dropped.add("normalized")
+            idle.add("normalized")
         if self._drops_blanks and not any(character.isspace() for text in contents for character in text):
-            dropped |= {"lstrip", "rstrip"}
-        return {
-            token["content"]: {key: value for key, value in token.items() if key not in dropped | {"content"}}
-            for token in listed
-        }
+            idle |= {"lstrip", "rstrip"}
+        return frozenset(idle)
 
     @property
     def _drops_blanks(self) -> bool:
@@ -202,13 +198,21 @@ class Definition:
 
     @cached_property
     def hidden(self) -> frozenset[str]:
-        """Added tokens whose text never reaches the model: it is always found before, and no rule can write it anew."""
+        """Added tokens whose text never reaches the model.
+
+        Either it is always found before, and no rule can write it anew; or it has a capital, and all
+        that the model is given is in small letters.
+        """
+        found: set[str] = set()
+        last = self.normalizer[-1] if self.normalizer else {"type": None}
+        if last["type"] == "Lowercase" or (last["type"] == "BertNormalizer" and last["lowercase"]):
+            found |= {token["content"] for token in self.listed if re.search("[A-Z]", token["content"])}
         written = [str(step.get("content") or step.get("prepend") or "") for step in self.normalizer]
         kinds = {step["type"] for step in self.normalizer}
         if self.split_special_tokens or not kinds <= {"Prepend", "Replace"} or not all(written):
-            return frozenset()
+            return frozenset(found)
         written += [step["replacement"] for step in self.pre_tokenizer if step["type"] == "Metaspace"]
-        return frozenset(
+        return frozenset(found).union(
             token["content"]
             for token in self.listed
             if not token["single_word"]

@@ -49,11 +49,12 @@ class Comparison:
             found.append(Open("merges", " and ".join(what)))
         return tuple(found)
 
-    def _added(self, side: Definition) -> dict[str, object]:
+    def _added(self, side: Definition) -> dict[str, dict[str, object]]:
         """Those both sides have. Another hides nothing but itself, unless it may be found and then given up."""
+        idle = self.teacher.idle_flags & self.student.idle_flags
         return {
-            content: token
-            for content, token in side.added.items()
+            token["content"]: {key: value for key, value in token.items() if key not in idle}
+            for token in side.listed
             if token["id"] in self.shared or token["single_word"]
         }
 
@@ -132,11 +133,17 @@ def _merges_make_every_token(side: Definition) -> bool:
 
 
 def _has_every_character(side: Definition, shared: Set[int]) -> bool:
-    """Whether every character of a piece is a shared piece of its own (inside words too, for WordPiece).
+    """Whether each character of each piece is a shared piece, inside words and at their start where it occurs.
 
     Then which characters are unknown does not depend on the pieces around them.
     """
     prefix = side.options.get("continuing_subword_prefix") or ""
     pieces = {token for token, i in side.vocabulary.items() if i in shared}
-    characters = {c for token in side.vocabulary if token not in side.hidden for c in token.removeprefix(prefix)}
-    return all(c in pieces and prefix + c in pieces for c in characters)
+    for token in side.vocabulary.keys() - side.hidden:
+        inside = token.removeprefix(prefix)
+        singles = [prefix + character for character in inside]
+        if inside == token:
+            singles[:1] = inside[:1]
+        if not pieces.issuperset(singles):
+            return False
+    return True

@@ -25,7 +25,7 @@ _TEXT = [
     *tiny.TEXT,
     "the theme of the other weather; there then, gather whether 1234 5678 90 100 1000",
     "lower lowest slower slow flow flown unbelievable believable able table stable",
-    "snake_case don't can't re-do co-op <a> [b] {c} (d)  two  blanks   three",
+    "snake_case don't can't re-do co-op <a> [b] {c} (d) and/or  two  blanks   three",
 ]
 ROLES = {
     "byte_level": {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"},
