@@ -60,6 +60,8 @@ class Comparison:
 
     def _open_model(self) -> list[str]:
         teacher, student = self.teacher, self.student
+        if teacher.model_state == student.model_state:
+            return []
         ours, theirs = dict(teacher.options), dict(student.options)
         ignoring = ours.get("ignore_merges"), theirs.get("ignore_merges")
         if ignoring[0] != ignoring[1] and all(

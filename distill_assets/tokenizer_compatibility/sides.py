@@ -197,8 +197,10 @@ class Pair:
         return list(dict.fromkeys([*PROBES, *self.extra_probes, *in_context([*added, *literals]), *in_words]))
 
     def _told_by_merges(self) -> list[str]:
+        if not any(part.part == "merges" for part in self.open_parts):
+            return []
         merges = [self._merges(side) for side in (self.teacher, self.student)]
-        return telling_texts(merges[0], merges[1], _TRIED) if merges[0] != merges[1] else []
+        return telling_texts(merges[0], merges[1], _TRIED)
 
     def _merges(self, side: TokenizerSide) -> list[Merge]:
         return self.rules.merges(side.definition) if self.rules and side.definition else []
