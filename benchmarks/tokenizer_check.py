@@ -55,7 +55,7 @@ def made_up(n_ids: int) -> State:
     parts, short, merges, known = list(letters), list(letters), [], set(tokens)
     while len(tokens) < n_ids:
         left, right = choose.choice(parts), choose.choice(short)
-        if left + right in known or len(left + right) > 12 or "\u0120" in right:
+        if left + right in known or len(left + right) > 16 or "\u0120" in right:
             continue
         known.add(left + right)
         tokens.append(left + right)

@@ -63,6 +63,7 @@ class TokenizerSide:
 
     @property
     def spelling(self) -> Spelling:
+        """How its vocabulary writes bytes; for rules in code not known, and taken to be as text."""
         return self.definition.spelling if self.definition else _PLAIN
 
     def bytes_of(self, i: int) -> bytes:
@@ -104,7 +105,7 @@ class Pair:
         """Ids with a token on both sides that is not the same one, or does not stand for the same bytes; ascending."""
         teacher, student = self.teacher, self.student
         shared = teacher.tokens.keys() & student.tokens.keys()
-        if teacher.spelling == student.spelling:
+        if self.rules is None or teacher.spelling == student.spelling:
             return tuple(sorted(i for i in shared if teacher.tokens[i] != student.tokens[i]))
         return tuple(
             sorted(
