@@ -179,9 +179,19 @@ class Pair:
         """
         encoded = self._encode(self._texts_at_hand())
         found = any(self._disagree(teacher, student) for _, teacher, student in encoded)
-        if not found and (self.open_parts or self.rules is None):
+        if not found and (self.open_parts or (self.rules is None and not self._same_code)):
             encoded += self._encode(self._many_texts())
         return encoded
+
+    @property
+    def _same_code(self) -> bool:
+        """One class with one vocabulary and the same options."""
+        teacher, student = self.teacher, self.student
+        return (
+            type(teacher.tokenizer) is type(student.tokenizer)
+            and teacher.tokens == student.tokens
+            and teacher.tokenizer.init_kwargs == student.tokenizer.init_kwargs
+        )
 
     def _encode(self, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
         return list(zip(texts, self.teacher.encode(texts), self.student.encode(texts), strict=True))
