@@ -29,7 +29,7 @@ def main() -> None:
     changes: dict[str, Callable[[State], None]] = {
         "nothing": lambda state: None,
         "two merges that cannot meet swapped": swap_apart,
-        "merges ignored, of which none is lacking": lambda state: state["model"].update(ignore_merges=True),
+        "merges ignored": lambda state: state["model"].update(ignore_merges=True),
         "the last 1,000 ids dropped": drop_last,
         "two ids swapped": swap_ids,
         "a merge moved": move_merge,
