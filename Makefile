@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := capture_speed storage kill capture_reuse losses student_step
+BENCHMARKS := capture_speed storage kill capture_reuse losses student_step tokenizer_check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help

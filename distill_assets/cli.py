@@ -175,7 +175,7 @@ def check(
     else:
         report = _pipeline(find_home(home)).tokenizer_report()
     if as_json:
-        print_json(asdict(report))
+        print_json(report.to_json())
     else:
         terminal.show_tokenizer_report(report)
     if not report.usable:

@@ -356,14 +356,35 @@ def command_name() -> str:
 
 
 def show_tokenizer_report(report: TokenizerReport) -> None:
-    """The verdict first, then what differs and the evidence."""
+    """The verdict first, then a table of all that was compared, then the evidence."""
+    from distill_assets.tokenizer_compatibility.markdown import side_by_side
+
     style = "green" if report.usable else "bold red"
     out.print(f"[{style}]{report.verdict}[/]")
     for reason in report.reasons:
-        out.print(f"  {escape(reason)}")
-    for difference in report.differences:
-        mark = "[bold red]blocks[/]" if difference.blocking else "[dim]noted[/]"
-        out.print(f"  {mark} {difference.name}: {escape(difference.detail)}")
+        out.print(f"  {escape(reason)}", soft_wrap=True)
+    table = _table("compared", "result", "found")
+    marks = {"blocks": "bold red", "accepted": "yellow", "noted": "yellow", "not known": "dim", "same": "green"}
+    for line in report.compared:
+        table.add_row(line.what, f"[{marks[line.result]}]{line.result}[/]", escape(line.found))
+    out.print()
+    out.print(table)
+    names = [escape(side.name) for side in (report.teacher, report.student)]
+    if first := report.first_difference:
+        headings = [heading for name in names for heading in (name, "bytes")]
+        table = _table(">id", *headings, title="the first id that differs")
+        sides = (first.teacher, first.teacher_bytes), (first.student, first.student_bytes)
+        table.add_row(str(first.id), *(escape(text) for token, hexed in sides for text in (repr(token), hexed)))
+        out.print()
+        out.print(table)
+    if report.probe:
+        table = _table(
+            names[0], ">id", names[1], ">id", title=f"a text that gets other ids: {escape(repr(report.probe.text))}"
+        )
+        for tokens in side_by_side(report.probe):
+            table.add_row(*map(escape, tokens))
+        out.print()
+        out.print(table)
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -153,7 +153,9 @@ def test_check_prints_the_verdict(made: tuple[Path, dict[str, Any]], tmp_path: P
     other = tiny.save_model(tmp_path / "other", tiny.train_tokenizer([t[::-1] for t in tiny.TEXT]))
     found = answer("check", "--teacher", teacher_folder, "--student", other, code=1)
     assert found["verdict"] == "incompatible" and found["reasons"]
-    assert {"first_difference", "probe"} <= set(found)
+    assert {"first_difference", "probe", "compared"} <= set(found)
+    shown = distill("check", "--teacher", teacher_folder, "--student", other, code=1).stdout
+    assert shown.startswith("incompatible\n") and "the first id that differs" in shown and "blocks" in shown
     assert "give both" in refusal("check", "--teacher", teacher_folder, code=2)
 
 

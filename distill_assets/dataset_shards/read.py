@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -24,22 +25,26 @@ from distill_assets.foundation.fingerprints import open_decompressed
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """Yield every row of a shard file in order, good and bad.
+def read_rows(path: Path, at_most: int | None = None) -> Iterator[Row | BadRow]:
+    """Yield every row of a shard file, or the first `at_most`, in order, good and bad.
 
     JSONL (plain, .gz, .zst): a row a line; blank lines are skipped. `.txt`: a `text` row a line
     without its line break; blank lines are skipped. Parquet: a row a row. Raises UnreadableFile
     when the file is gone or damaged, ShardError when no column of a Parquet file can be a row.
     """
     with _reading(path):
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif path.suffix == ".txt":
-            for line, content in _lines(path):
-                yield _parse_text(line, content)
-        else:
-            for line, value in read_json_lines(path):
-                yield value if isinstance(value, BadRow) else parse_row(line, value)
+        yield from islice(_rows(path, at_most), at_most)
+
+
+def _rows(path: Path, at_most: int | None) -> Iterator[Row | BadRow]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, at_most)
+    elif path.suffix == ".txt":
+        for line, content in _lines(path):
+            yield _parse_text(line, content)
+    else:
+        for line, value in read_json_lines(path):
+            yield value if isinstance(value, BadRow) else parse_row(line, value)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -110,7 +115,7 @@ def _parse_text(line: int, content: bytes) -> Row | BadRow:
         return BadRow(line, str(error))
 
 
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+def _read_parquet(path: Path, at_most: int | None) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:  # a path would be taken as a pattern and its folders as columns
         found = pl.read_parquet_schema(file)
         columns = [name for name in KNOWN_KEYS if name in found]
@@ -120,6 +125,6 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
                 "messages, or input_ids"
             )
         file.seek(0)
-        frame = pl.read_parquet(file, columns=columns)
+        frame = pl.read_parquet(file, columns=columns, n_rows=at_most)
     for number, values in enumerate(frame.iter_rows(named=True), start=1):
         yield parse_row(number, values)

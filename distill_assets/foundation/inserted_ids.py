@@ -9,21 +9,24 @@ from distill_assets.foundation.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEXT = "a"
+_TEXTS = ("a", "the", "1", ".", "\u4e00")
 
 
 def inserted_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """(ids in front, ids behind) that encoding adds to every text, found by encoding one.
 
-    Configuration does not tell: `add_bos_token` and a post-processor may contradict each other.
-    Raises ModelError when the text's own ids are not found between them.
+    Configuration does not tell: `add_bos_token` and a post-processor may contradict each other. The
+    text is one the tokenizer has ordinary tokens for: an unknown one may become the very id that is inserted.
+    Raises ModelError when no text's own ids are found between them.
     """
-    bare = [int(i) for i in tokenizer(_TEXT, add_special_tokens=False)["input_ids"]]
-    full = [int(i) for i in tokenizer(_TEXT, add_special_tokens=True)["input_ids"]]
-    for start in range(len(full) - len(bare) + 1):
-        if bare and full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
+    special = set(tokenizer.all_special_ids)
+    for text in _TEXTS:
+        bare = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        full = [int(i) for i in tokenizer(text, add_special_tokens=True)["input_ids"]]
+        for start in range(len(full) - len(bare) + 1):
+            if special.isdisjoint(bare) and bare and full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
     raise ModelError(
-        f"{type(tokenizer).__name__}: encodes {_TEXT!r} as {bare} alone but as {full} with special tokens, "
+        f"{type(tokenizer).__name__}: encodes {text!r} as {bare} alone but as {full} with special tokens, "
         "so what it inserts is unclear; use another tokenizer"
     )

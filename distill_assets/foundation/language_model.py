@@ -66,6 +66,11 @@ def _load_tokenizer(folder: ModelFolder, signature: tuple[tuple[str, int, int], 
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each backend raises its own kinds for a damaged file
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{folder.name}: the tokenizer in {folder.path} needs code of its own (auto_map in its "
+                "tokenizer_config.json), which is never run; use one that transformers has itself"
+            ) from None
         raise ModelError(
             f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({_first_line(error)})"
         ) from error

@@ -10,6 +10,7 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from distill_assets.foundation.fingerprints import HashCache, digest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_WITH_WEIGHTS = (*_WITHOUT_WEIGHTS, "*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -112,30 +114,31 @@ _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "architec
 _HUB_SECONDS = 600.0
 _HUB_TIMEOUT_SECONDS = 10.0
 # Which commit a branch stands for is asked once in _HUB_SECONDS: sensors look at a home every few seconds.
-_fetched: dict[tuple[str, str | None], tuple[float, Path]] = {}
+_fetched: dict[tuple[str, str | None, bool], tuple[float, Path]] = {}
 
 
-def resolve_model(name: str, revision: str | None, root: Path) -> ModelFolder:
+def resolve_model(name: str, revision: str | None, root: Path, weights: bool = True) -> ModelFolder:
     """Find the folder of a hub id or path (relative to `root`).
 
     A hub id is fetched into the hub's cache and answered with the commit its revision stands for (asked
-    anew every ten minutes); HF_HUB_OFFLINE is honoured. Where the hub cannot be asked, what the cache
-    has is used with a warning. Raises ModelError with where was looked.
+    anew every ten minutes), without its `weights` where they are not needed; HF_HUB_OFFLINE is honoured.
+    Where the hub cannot be asked, what the cache has is used with a warning. Raises ModelError with where
+    was looked.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         return ModelFolder(name, folder, None)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"model {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
-    asked, now = (name, revision), time.monotonic()
+    asked, now = (name, revision, weights), time.monotonic()
     at, path = _fetched.get(asked, (-math.inf, folder))
     if now - at > _HUB_SECONDS or not path.is_dir():
-        path = _fetch(name, revision, folder)
+        path = _fetch(name, revision, folder, _WITH_WEIGHTS if weights else _WITHOUT_WEIGHTS)
         _fetched[asked] = (now, path)
     return ModelFolder(name, path, path.name)
 
 
-def _fetch(name: str, revision: str | None, folder: Path) -> Path:
+def _fetch(name: str, revision: str | None, folder: Path, wanted: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -147,7 +150,7 @@ def _fetch(name: str, revision: str | None, folder: Path) -> Path:
             unanswered = error
     try:
         cached_only = unanswered is not None
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, local_files_only=cached_only))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], local_files_only=cached_only))
     except Exception as error:
         cause = unanswered or error
         if isinstance(cause, RepositoryNotFoundError):

@@ -87,6 +87,12 @@ class TokenizerSettings(Spec):
     accept: list[NonEmpty] = Field(
         default_factory=list, description="names of differences `distill check` reported, to be accepted"
     )
+    max_missing_mass: float = Field(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="verdict subset: most of the teacher's probability, on average, on ids the student lacks",
+    )
 
 
 class DataSettings(Spec):

@@ -1,12 +1,13 @@
 """The tokenizer check of a home, or of two models named on the command line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.fingerprints import digest
-from distill_assets.foundation.language_model import load_tokenizer
+from distill_assets.foundation.language_model import load_tokenizer, quiet_transformers
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.settings import Settings
 from distill_assets.teacher_capture.identity import CaptureSpec
@@ -18,7 +19,7 @@ from distill_assets.tokenizer_compatibility.compare import (
 )
 from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
 
-CHECK_VERSION = 1  # part of a verdict's identity: raised when a verdict would come out differently
+CHECK_VERSION = 2  # part of a verdict's identity: raised when a verdict would come out differently
 
 _reports: dict[str, TokenizerReport] = {}  # a verdict follows from its identity, so a process reaches it once
 
@@ -31,6 +32,19 @@ def configured_head_width(folder: ModelFolder) -> int | None:
 def _width(config: dict[str, Any]) -> int | None:
     width = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return width if isinstance(width, int) else None
+
+
+def _tied(folder: ModelFolder) -> bool | None:
+    """Whether the head is the input embedding, as transformers would build the model; None when it cannot tell."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    except Exception:  # no configuration, or one that this version of transformers does not know
+        return None
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", None)
+    return tied if isinstance(tied, bool) else None
 
 
 def student_head_width(settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> int:
@@ -58,12 +72,21 @@ def identity(settings: Settings, spec: CaptureSpec, student: ModelFolder | None)
     )
 
 
-def report(key: str, settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> TokenizerReport:
-    """The verdict on a home's pair; `key` is its `identity`."""
+def report(
+    key: str,
+    settings: Settings,
+    spec: CaptureSpec,
+    student: ModelFolder | None,
+    own_texts: Callable[[], list[str]],
+) -> TokenizerReport:
+    """The verdict on a home's pair; `key` is its `identity`. `own_texts` are tried as probes too.
+
+    They are no part of the identity: rules decide, and texts only show what rules that differ come to.
+    """
     if key not in _reports:
         teacher = _side(spec.teacher)
         _reports[key] = (
-            compare_tokenizers(teacher, _side(student), settings.tokenizer.accept)
+            compare_tokenizers(teacher, _side(student), settings.tokenizer.accept, own_texts())
             if student
             else inherited_report(teacher, student_head_width(settings, spec, student))
         )
@@ -72,7 +95,8 @@ def report(key: str, settings: Settings, spec: CaptureSpec, student: ModelFolder
 
 def compare_models(teacher: str, student: str, root: Path) -> TokenizerReport:
     """The verdict on two models by name, without a home; weights are not needed."""
-    return compare_tokenizers(_side(resolve_model(teacher, None, root)), _side(resolve_model(student, None, root)))
+    sides = [_side(resolve_model(name, None, root, weights=False)) for name in (teacher, student)]
+    return compare_tokenizers(sides[0], sides[1])
 
 
 def _side(folder: ModelFolder) -> TokenizerSide:
@@ -80,7 +104,7 @@ def _side(folder: ModelFolder) -> TokenizerSide:
         width = configured_head_width(folder)
     except ModelError:  # a tokenizer alone: its head is unknown, and the report says so
         width = None
-    return TokenizerSide(folder.name, load_tokenizer(folder), width)
+    return TokenizerSide(folder.name, load_tokenizer(folder), width, _tied(folder))
 
 
 def written_identity(file: Path) -> str | None:

@@ -18,6 +18,7 @@ from distill_assets.teacher_capture.checks import AlignedReport, CompleteReport
 from distill_assets.teacher_capture.faithful import FaithfulReport
 from distill_assets.teacher_capture.store import Capture
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport
+from distill_assets.tokenizer_compatibility.markdown import as_markdown
 
 WRITTEN = "file written"  # False when the capture was current and nothing was done
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
@@ -86,6 +87,7 @@ def of_tokenizers(report: TokenizerReport, file: Path) -> Metadata:
         "verdict": report.verdict,
         "reasons": "\n".join(report.reasons) or "none",
         "differences": ", ".join(difference.name for difference in report.differences) or "none",
+        "report": dg.MetadataValue.md(as_markdown(report)),
         "file": dg.MetadataValue.path(file),
     }
 
@@ -161,6 +163,8 @@ def of_student(record: StudentRecord, folder: Path, written: bool) -> Metadata:
         "steps": report.steps,
         "supervised tokens": report.supervised_tokens,
         "loss of the last step": round(report.final_loss, 4),
+        "teacher's mass on ids the student lacks": round(report.fit.mass_dropped, 6),
+        "positions left out": report.fit.positions_dropped,
         "device": report.device,
         "folder": dg.MetadataValue.path(folder),
     }

@@ -13,6 +13,7 @@ from typing import Any
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
 from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
+from distill_assets.dataset_shards.sample import sample_texts
 from distill_assets.foundation.errors import CaptureError, PinnedCapture, StaleInputs
 from distill_assets.foundation.files import write_json
 from distill_assets.foundation.home import Home
@@ -68,7 +69,13 @@ class Pipeline:
         return compatibility.identity(self.settings, self.spec, self.student_folder)
 
     def tokenizer_report(self) -> TokenizerReport:
-        return compatibility.report(self.tokenizer_identity, self.settings, self.spec, self.student_folder)
+        return compatibility.report(
+            self.tokenizer_identity,
+            self.settings,
+            self.spec,
+            self.student_folder,
+            lambda: sample_texts(self.discovery.shards),
+        )
 
     @property
     def tokenizer_report_is_current(self) -> bool:

@@ -149,6 +149,7 @@ class StudentSide:
                 self._rows("train"),
                 self.folder(kind),
                 validation=self._rows("validation"),
+                max_missing_mass=self.settings.tokenizer.max_missing_mass,
                 device=device,
                 on_progress=on_progress,
             )

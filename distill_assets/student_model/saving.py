@@ -165,6 +165,8 @@ Made by distill_assets {record.tools["distill_assets"]}.
   tokens, {report.supervised_tokens} supervised tokens in all, AdamW at {training.learning_rate:g}, seed {training.seed}
 - Loss of the last step: {last.loss:.4f} nats a token
 - Tokenizer: the teacher's; differences taken on knowingly: {differences}
+- Ids the student lacks: {report.fit.mass_dropped:.2%} of the teacher's probability lay on them; left out, and with them
+  {report.fit.positions_dropped} positions whose token is one
 
 | shard | version | capture | rows |
 |---|---|---|---|

@@ -49,6 +49,7 @@ def train_student(
     folder: Path,
     *,
     validation: Sequence[CapturedRow] = (),
+    max_missing_mass: float = 1.0,
     device: str = "auto",
     on_progress: ProgressListener = ignore_progress,
 ) -> StudentReport:
@@ -56,7 +57,8 @@ def train_student(
 
     `rows` and `validation` carry targets as stored. Their order does not matter: rows are planned
     in the order of their keys, so equal ids mean equal students, on one CPU bit for bit. Raises
-    TrainingError when no row can be trained on or a loss is not finite; whatever is raised, an
+    TrainingError when no row can be trained on, when more than `max_missing_mass` of the teacher's
+    probability lies on ids the student lacks, or when a loss is not finite; whatever is raised, an
     interrupt included, `folder` is as it was.
     """
     target = resolve_device(device)
@@ -66,6 +68,11 @@ def train_student(
             "to be learnt; give its configuration a vocab_size at least that large"
         )
     train_rows, fit = _usable(rows, spec, model)
+    if fit.mass_dropped > max_missing_mass:
+        raise TrainingError(
+            f"student {spec.student_id}: {fit.mass_dropped:.2%} of the teacher's probability lies on ids the student "
+            f"lacks; tokenizer.max_missing_mass allows {max_missing_mass:.2%}: raise it, or use another student"
+        )
     validation_rows, _ = _usable(validation, spec, model) if validation else ([], None)
     if spec.training.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)

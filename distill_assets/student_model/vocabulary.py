@@ -62,7 +62,7 @@ class FitReport:
     positions_dropped: int  # gold token unknown to the student, or behind a cut
     rows_cut: int  # rows that contain a token the student has no embedding for
     rows_dropped: int  # rows left without a supervised position
-    mass_dropped: float  # mean probability, over the remaining positions, of ids taken out of the support
+    mass_dropped: float  # mean probability, over all positions given, of kept ids the student lacks
 
 
 def fit_rows(
@@ -76,24 +76,23 @@ def fit_rows(
     """
     fitted: list[CapturedRow] = []
     dropped = cut = 0
-    lost = positions = 0.0
+    lost = 0.0
     for row in rows:
         fits = bool((row.input_ids < n_embeddings).all())
         full = int(row.targets.kept_P.max()) >= vocabulary.size  # nothing of the student's is left for a tail
         if not fits or full or not vocabulary.has(_mentioned(row)).all():
-            smaller = _fit(row, vocabulary, n_embeddings)
-            dropped += row.targets.n_positions - smaller.targets.n_positions
+            within = _within(vocabulary, row.targets)
+            lost += _lost_mass(row.targets, within)
+            row = _fit(replace(row, targets=within), vocabulary, n_embeddings)
+            dropped += within.n_positions - row.targets.n_positions
             cut += not fits
-            lost += _lost_mass(row, smaller)
-            row = smaller
         if row.targets.n_positions:
             fitted.append(row)
-            positions += row.targets.n_positions
     report = FitReport(
         positions_dropped=dropped,
         rows_cut=cut,
         rows_dropped=len(rows) - len(fitted),
-        mass_dropped=lost / positions if positions else 0.0,
+        mass_dropped=lost / max(1, sum(row.targets.n_positions for row in rows)),
     )
     return fitted, report
 
@@ -110,7 +109,7 @@ def _fit(row: CapturedRow, vocabulary: StudentVocabulary, n_embeddings: int) -> 
     targets = row.targets
     gold_P = row.input_ids[targets.positions_P + 1]
     stays_P = (targets.positions_P < length - 1) & vocabulary.has(gold_P)
-    return replace(row, input_ids=row.input_ids[:length], targets=_within(vocabulary, targets.at(stays_P)))
+    return replace(row, input_ids=row.input_ids[:length], targets=targets.at(stays_P))
 
 
 def _within(vocabulary: StudentVocabulary, targets: SparseTargets) -> SparseTargets:
@@ -151,10 +150,8 @@ def _regrown(
     return (left_N * np.repeat(growth_P, np.diff(offsets_P1))).astype(np.float32)
 
 
-def _lost_mass(row: CapturedRow, fitted: CapturedRow) -> float:
-    """Sum over the remaining positions of the normalised probability that was taken out."""
-    stays_P = np.isin(row.targets.positions_P, fitted.targets.positions_P)
-    before_P = row.targets.log_total_mass_P()[stays_P].astype(np.float64)
-    emptied_P = np.isneginf(fitted.targets.support_logprobs_N[fitted.targets.offsets_P1[:-1]])
-    after_P = np.where(emptied_P, -np.inf, fitted.targets.log_total_mass_P())
-    return float((1.0 - np.exp(after_P - before_P)).sum())
+def _lost_mass(targets: SparseTargets, within: SparseTargets) -> float:
+    """Sum over positions of the normalised probability that was taken out."""
+    emptied_P = np.isneginf(within.support_logprobs_N[within.offsets_P1[:-1]])
+    after_P = np.where(emptied_P, -np.inf, within.log_total_mass_P())
+    return float((1.0 - np.exp(after_P - targets.log_total_mass_P().astype(np.float64))).sum())

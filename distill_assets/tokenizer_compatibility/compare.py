@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill_assets.foundation.errors import SettingsError
-from distill_assets.tokenizer_compatibility.differences import COMPARISONS, HEAD_COMPARISONS
+from distill_assets.tokenizer_compatibility.differences import COMPARED, COMPARISONS, HEAD_COMPARISONS
 from distill_assets.tokenizer_compatibility.report import (
     UNACCEPTABLE,
+    Compared,
     Difference,
+    Result,
     SideSummary,
     TokenizerReport,
     Verdict,
@@ -27,10 +29,10 @@ def compare_tokenizers(
 ) -> TokenizerReport:
     """Compare as loaded: every id, the rules, what the probe corpus becomes, heads.
 
-    `incompatible`: an id means different tokens, a text gets different ids, or a head is narrower
-    than its tokenizer. `subset`: one side has ids the other lacks, all others agree. `padded`: only
-    the heads' widths differ. `identical`: nothing of these. `extra_probes` are texts of the user's
-    own data. Raises SettingsError for a name in `accept` that no difference has.
+    `incompatible`: an id means different tokens, a text gets different ids or the rules do not rule
+    that out, or a head is narrower than its tokenizer. `subset`: one side has ids the other lacks, all
+    others agree. `padded`: only the heads' widths differ. `identical`: nothing of these. `extra_probes`
+    are texts of the user's own data. Raises SettingsError for a name in `accept` that no difference has.
     """
     acceptable = [name for name in COMPARISONS if name not in UNACCEPTABLE]
     for name in accept:
@@ -39,38 +41,67 @@ def compare_tokenizers(
                 f"tokenizer.accept: {name} is no difference that can be accepted; known are {', '.join(acceptable)}"
             )
     pair = Pair(teacher, student, extra_probes)
-    found = [compare(pair) for compare in COMPARISONS.values()]
-    differences = tuple(difference for difference in found if difference is not None)
-    return TokenizerReport(
-        verdict=_verdict(differences),
-        reasons=_reasons(differences, pair, f"all {len(teacher.tokens)} ids and {len(pair.texts)} texts agree"),
-        differences=differences,
-        first_difference=pair.first_difference,
-        probe=pair.probe,
-        missing_ids=pair.missing,
-        accepted=tuple(d.name for d in differences if d.blocking and d.name in accept),
-        teacher=_summary(teacher),
-        student=_summary(student),
-    )
+    agreement = f"all {len(teacher.tokens)} ids and {len(pair.encoded)} texts agree"
+    return _report(pair, list(COMPARISONS), agreement, accept)
 
 
 def inherited_report(teacher: TokenizerSide, student_head_width: int) -> TokenizerReport:
     """The report of a student that has the teacher's tokenizer by construction: only heads are compared."""
     student = TokenizerSide("made from the teacher or a config", teacher.tokenizer, student_head_width)
-    pair = Pair(teacher, student)
-    found = [COMPARISONS[name](pair) for name in HEAD_COMPARISONS]
-    differences = tuple(difference for difference in found if difference is not None)
+    return _report(Pair(teacher, student), HEAD_COMPARISONS, "the student has the teacher's tokenizer")
+
+
+def _report(pair: Pair, names: Sequence[str], agreement: str, accept: Sequence[str] = ()) -> TokenizerReport:
+    found = {name: COMPARISONS[name](pair) for name in names}
+    differences = tuple(difference for difference in found.values() if difference is not None)
+    ids = "token_ids" in found
     return TokenizerReport(
         verdict=_verdict(differences),
-        reasons=_reasons(differences, pair, "the student has the teacher's tokenizer"),
+        reasons=_reasons(differences, pair, agreement),
+        compared=tuple(_compared(pair, name, difference, accept) for name, difference in found.items()),
         differences=differences,
-        first_difference=None,
-        probe=None,
-        missing_ids=(),
-        accepted=(),
-        teacher=_summary(teacher),
-        student=_summary(student),
+        first_difference=pair.first_difference if ids else None,
+        probe=pair.probe if ids else None,
+        missing_ids=pair.missing if ids else (),
+        accepted=tuple(d.name for d in differences if d.blocking and d.name in accept),
+        teacher=_summary(pair.teacher),
+        student=_summary(pair.student),
     )
+
+
+def _compared(pair: Pair, name: str, difference: Difference | None, accept: Sequence[str]) -> Compared:
+    what = COMPARED[COMPARISONS[name]]
+    if difference:
+        result: Result = ("accepted" if name in accept else "blocks") if difference.blocking else "noted"
+        return Compared(name, what, result, difference.detail)
+    if unknown := _unknown(pair, name):
+        return Compared(name, what, "not known", unknown)
+    return Compared(name, what, "same", _agreed(pair, name))
+
+
+def _unknown(pair: Pair, name: str) -> str:
+    sides = {"teacher": pair.teacher, "student": pair.student}
+    if name in ("teacher_head", "student_head", "head_padding"):
+        concerned = [side for side in sides if name in (f"{side}_head", "head_padding")]
+        lacking = [side for side in concerned if sides[side].head_width is None]
+        return f"no config.json says how wide the {' and the '.join(lacking)}'s head is" if lacking else ""
+    if name == "tied_heads" and None in (pair.teacher.tied, pair.student.tied):
+        return "not said by both configurations"
+    if name in ("merges", "normalizer", "pre_tokenizer", "decoder", "added_tokens") and pair.rules is None:
+        return "in code"
+    return ""
+
+
+def _agreed(pair: Pair, name: str) -> str:
+    """What there was to agree on, where that is a number."""
+    if name == "token_ids":
+        return f"{len(pair.teacher.tokens.keys() & pair.student.tokens.keys()):,} ids"
+    if name == "segmentation":
+        return f"{len(pair.encoded):,} texts"
+    if name in ("teacher_head", "student_head"):
+        side = pair.teacher if name == "teacher_head" else pair.student
+        return f"{side.head_width:,} rows for {side.n_real:,} ids"
+    return ""
 
 
 def _verdict(differences: Sequence[Difference]) -> Verdict:
@@ -93,4 +124,4 @@ def _reasons(differences: Sequence[Difference], pair: Pair, agreement: str) -> t
 
 
 def _summary(side: TokenizerSide) -> SideSummary:
-    return SideSummary(side.name, side.n_real, side.head_width)
+    return SideSummary(side.name, side.n_real, side.head_width, side.tied)

@@ -1,26 +1,58 @@
 """One comparison per kind of difference between two loaded tokenizers.
 
-A comparison takes a `Pair` and returns a named `Difference` with evidence, or None. Blocking are
-those that make a captured id mean something else or a text get other ids; the rest are told.
-Rules (merges, normaliser, ...) that differ are told; what blocks is a text that shows it.
+A comparison takes a `Pair` and returns a named `Difference` with evidence, or None. Blocking are those
+that make a captured id mean something else or a text get other ids; the rest are told. A text that gets
+other ids settles it. Without one, rules that differ (merges, normaliser, ...) block under `segmentation`
+unless they are proven to be the same in effect; under their own names they are told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.inserted_ids import inserted_ids
+from distill_assets.tokenizer_compatibility.definition import flat
 from distill_assets.tokenizer_compatibility.fingerprint import SPECIAL_ROLES, special_ids
-from distill_assets.tokenizer_compatibility.report import Difference, ranges
+from distill_assets.tokenizer_compatibility.report import Difference, cut, ranges
 from distill_assets.tokenizer_compatibility.sides import Pair, TokenizerSide
 
 _SHOWN = 5  # examples in one piece of evidence
 
-_CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
-    [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
-)
+_ASKED = {"role": "user", "content": "What is 2 + 2?"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+# name -> what `apply_chat_template` is given
+_CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "without a system turn": {"conversation": [_ASKED, {"role": "assistant", "content": "4"}]},
+    "with a system turn": {"conversation": [{"role": "system", "content": "Be brief."}, _ASKED]},
+    "to be answered": {"conversation": [_ASKED], "add_generation_prompt": True},
+    "of several turns": {
+        "conversation": [_ASKED, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure? "}]
+    },
+    "with tools": {"conversation": [_ASKED], "tools": [_TOOL]},
+    "with a tool's turn": {
+        "conversation": [
+            _ASKED,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "4"},
+            {"role": "assistant", "content": "4"},
+        ],
+        "tools": [_TOOL],
+    },
+}
 
 
 def token_ids(pair: Pair) -> Difference | None:
@@ -30,25 +62,60 @@ def token_ids(pair: Pair) -> Difference | None:
         {"id": i, "teacher": pair.teacher.tokens[i], "student": pair.student.tokens[i]} for i in pair.conflicts[:_SHOWN]
     ]
     count = len(pair.conflicts)
+    bytes_told = ""
+    if first.teacher == first.student:
+        bytes_told = f": bytes {first.teacher_bytes} in the one and {first.student_bytes} in the other"
     return Difference(
         "token_ids",
         True,
-        f"id {first.id} is {first.teacher!r} in the teacher and {first.student!r} in the student"
+        f"id {first.id} is {first.teacher!r} in the teacher and {first.student!r} in the student{bytes_told}"
         f" ({count} {'id differs' if count == 1 else 'ids differ'})",
         {"count": count, "first": examples},
     )
 
 
 def segmentation(pair: Pair) -> Difference | None:
-    if not (probe := pair.probe):
+    """The same text, other ids: shown by a text, or not ruled out by the rules."""
+    rules = [{"part": part.part, "what": part.what} for part in pair.open_parts]
+    if probe := pair.probe:
+        return Difference(
+            "segmentation",
+            True,
+            f"the text {cut(probe.text)} becomes {cut(list(probe.teacher_ids))} in the teacher"
+            f" and {cut(list(probe.student_ids))} in the student",
+            {
+                "text": probe.text,
+                "teacher": list(probe.teacher_tokens),
+                "student": list(probe.student_tokens),
+                "rules": rules,
+            },
+        )
+    if not rules:
         return None
+    n_texts = len(pair.encoded)
+    differing = ", ".join(part.what for part in pair.open_parts)
     return Difference(
         "segmentation",
         True,
-        f"the text {_cut(probe.text)} becomes {_cut(list(probe.teacher_ids))} in the teacher"
-        f" and {_cut(list(probe.student_ids))} in the student",
-        {"text": probe.text, "teacher": list(probe.teacher_tokens), "student": list(probe.student_tokens)},
+        f"the two sides differ in {differing}; none of {n_texts} texts shows it, but that none does cannot be shown",
+        {"text": None, "n_texts": n_texts, "rules": rules},
     )
+
+
+def loader(pair: Pair) -> Difference | None:
+    """Rules in code, which cannot be compared; and classes that differ, which need not mean anything."""
+    kinds = [type(side.tokenizer).__name__ for side in (pair.teacher, pair.student)]
+    evidence = {"teacher": kinds[0], "student": kinds[1]}
+    in_code = [kind for kind, side in zip(kinds, (pair.teacher, pair.student), strict=True) if side.definition is None]
+    if in_code:
+        detail = (
+            f"{' and '.join(dict.fromkeys(in_code))} has rules in code, which cannot be compared: what both sides make"
+            f" of {len(pair.encoded)} texts stands for them"
+        )
+        return Difference("loader", False, detail, evidence)
+    if kinds[0] == kinds[1]:
+        return None
+    return Difference("loader", False, f"the teacher is loaded as {kinds[0]}, the student as {kinds[1]}", evidence)
 
 
 def teacher_head(pair: Pair) -> Difference | None:
@@ -100,32 +167,63 @@ def head_padding(pair: Pair) -> Difference | None:
     )
 
 
+def tied_heads(pair: Pair) -> Difference | None:
+    tied = pair.teacher.tied, pair.student.tied
+    if None in tied or tied[0] == tied[1]:
+        return None
+    words = ["the input embedding too" if side else "a matrix of its own" for side in tied]
+    return Difference(
+        "tied_heads",
+        False,
+        f"the teacher's head is {words[0]}, the student's {words[1]}",
+        {"teacher": tied[0], "student": tied[1]},
+    )
+
+
 def normalizer(pair: Pair) -> Difference | None:
-    return _rule(pair, "normalizer")
+    return _rule(pair, "normalizer", "normalizers")
 
 
 def pre_tokenizer(pair: Pair) -> Difference | None:
-    return _rule(pair, "pre_tokenizer")
+    return _rule(pair, "pre_tokenizer", "pretokenizers")
+
+
+def decoder(pair: Pair) -> Difference | None:
+    """How ids become text again; no id depends on it, and the student is saved with the teacher's."""
+    return _rule(pair, "decoder", "decoders")
 
 
 def merges(pair: Pair) -> Difference | None:
     """BPE merges and the model's options; the scores of a Unigram vocabulary. Never the id map."""
+    if pair.rules is None:
+        return None
     teacher, student = (_model_rules(side) for side in (pair.teacher, pair.student))
     names = sorted(name for name in teacher.keys() | student.keys() if teacher.get(name) != student.get(name))
     if not names:
         return None
     evidence: dict[str, Any] = {"keys": names}
-    if differing := pair.differing_merges:
+    if "merges" in names:
+        lists = teacher.get("merges") or [], student.get("merges") or []
+        longer = max(map(len, lists))
+        differing = [rank for rank in range(longer) if lists[0][rank : rank + 1] != lists[1][rank : rank + 1]]
         evidence |= {"count": len(differing), "first": differing[:_SHOWN]}
-    return Difference("merges", False, f"the segmentation models differ in {', '.join(names)}", evidence)
+        evidence |= {side: [merge for rank in differing[:_SHOWN] for merge in merges_[rank : rank + 1]]
+                     for side, merges_ in zip(("teacher", "student"), lists, strict=True)}  # fmt: skip
+    said = f"the segmentation models differ in {', '.join(names)}{_effect(pair, 'merges')}"
+    return Difference("merges", False, said, evidence)
 
 
 def _model_rules(side: TokenizerSide) -> dict[str, Any]:
-    model = dict(side.state.get("model", {}))
-    vocabulary = model.pop("vocab", None)
+    model = dict(side.state["model"])
+    vocabulary = model.pop("vocab")
     if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
         model["scores"] = [score for _, score in vocabulary]
     return model
+
+
+def _effect(pair: Pair, part: str) -> str:
+    """What a difference in the writing of a rule comes to."""
+    return "" if any(open_.part == part for open_ in pair.open_parts) else ", which changes no text's ids"
 
 
 def added_tokens(pair: Pair) -> Difference | None:
@@ -139,6 +237,7 @@ def added_tokens(pair: Pair) -> Difference | None:
         return None
     examples = [{"id": i, "teacher": teacher.get(i), "student": student.get(i)} for i in ids[:_SHOWN]]
     detail = f"{len(ids)} added tokens differ in their flags (the first is {pair.teacher.tokens[ids[0]]!r})"
+    detail += _effect(pair, "added_tokens")
     return Difference("added_tokens", False, detail, {"count": len(ids), "first": examples})
 
 
@@ -159,61 +258,92 @@ def special_tokens(pair: Pair) -> Difference | None:
 
 
 def inserted(pair: Pair) -> Difference | None:
-    teacher, student = (list(map(list, inserted_ids(side.tokenizer))) for side in (pair.teacher, pair.student))
+    teacher, student = _inserted(pair.teacher), _inserted(pair.student)
     if teacher == student:
         return None
+    told = [f"{side[0]} and {side[1]}" if side else "what is unclear" for side in (teacher, student)]
     return Difference(
         "inserted",
         False,
-        f"around a text the teacher inserts {teacher[0]} and {teacher[1]}, the student {student[0]} and {student[1]};"
-        " rows are encoded as the teacher does",
+        f"around a text the teacher inserts {told[0]}, the student {told[1]}; rows are encoded as the teacher does",
         {"teacher": teacher, "student": student},
     )
 
 
+def _inserted(side: TokenizerSide) -> list[list[int]] | None:
+    """[ids in front, ids behind]; None where that cannot be told."""
+    try:
+        return list(map(list, inserted_ids(side.tokenizer)))
+    except ModelError:
+        return None
+
+
 def chat_template(pair: Pair) -> Difference | None:
-    for conversation in _CONVERSATIONS:
-        teacher, student = (_rendered(side, conversation) for side in (pair.teacher, pair.student))
-        if teacher != student:
-            return Difference(
-                "chat_template",
-                False,
-                "the chat templates render a conversation differently; the teacher's is used",
-                {"conversation": conversation, "teacher": teacher, "student": student},
-            )
-    return None
+    """Rendered ids of conversations; what does not render is compared by the reason."""
+    differing = {
+        name: rendered
+        for name, given in _CONVERSATIONS.items()
+        if (rendered := [_rendered(side, given) for side in (pair.teacher, pair.student)])[0] != rendered[1]
+    }
+    if not differing:
+        return None
+    first = next(iter(differing))
+    return Difference(
+        "chat_template",
+        False,
+        f"the chat templates render a conversation {first} differently; the teacher's is used",
+        {
+            "differing": list(differing),
+            "conversation": _CONVERSATIONS[first]["conversation"],
+            "teacher": differing[first][0],
+            "student": differing[first][1],
+        },
+    )
 
 
-def _rendered(side: TokenizerSide, conversation: list[dict[str, str]]) -> list[int] | str:
+def _rendered(side: TokenizerSide, given: Mapping[str, Any]) -> list[int] | str:
     """Ids of the conversation, or why there are none."""
     if not side.tokenizer.chat_template:
         return "no chat template"
     try:
-        text = str(side.tokenizer.apply_chat_template(conversation, tokenize=False))
+        text = str(side.tokenizer.apply_chat_template(**given, tokenize=False))
     except Exception as error:  # a template is its author's program and raises what it likes
         return f"{type(error).__name__}: {error}"
     return side.encode([text])[0]
 
 
-def _rule(pair: Pair, name: str) -> Difference | None:
+def _rule(pair: Pair, name: str, nested: str) -> Difference | None:
     teacher, student = (side.state.get(name) for side in (pair.teacher, pair.student))
-    if teacher == student:
+    if teacher == student or pair.rules is None:
         return None
     detail = f"the {name.replace('_', '-')}s differ"
+    if flat(teacher, nested) == flat(student, nested):
+        detail += " in writing only"
+    elif name != "decoder":
+        detail += _effect(pair, name)
     return Difference(name, False, detail, {"teacher": teacher, "student": student})
 
 
-def _cut(value: object, length: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
 Comparison = Callable[[Pair], Difference | None]
-COMPARISONS: dict[str, Comparison] = {
-    comparison.__name__: comparison
-    for comparison in (
-        token_ids, segmentation, teacher_head, student_head, missing_ids, extra_ids, head_padding,
-        merges, normalizer, pre_tokenizer, added_tokens, special_tokens, inserted, chat_template,
-    )
-}  # fmt: skip
+# What each comparison is called for people.
+COMPARED: dict[Comparison, str] = {
+    token_ids: "id -> token, bytes",
+    segmentation: "ids of texts",
+    teacher_head: "rows of the teacher's head",
+    student_head: "rows of the student's head",
+    missing_ids: "ids the student lacks",
+    extra_ids: "ids the teacher lacks",
+    head_padding: "widths of the heads",
+    tied_heads: "tied heads",
+    merges: "segmentation model",
+    normalizer: "normalizer",
+    pre_tokenizer: "pre-tokenizer",
+    decoder: "decoder",
+    added_tokens: "added tokens' flags",
+    loader: "loader",
+    special_tokens: "BOS, EOS, PAD, UNK",
+    inserted: "inserted ids",
+    chat_template: "chat template",
+}
+COMPARISONS: dict[str, Comparison] = {comparison.__name__: comparison for comparison in COMPARED}
 HEAD_COMPARISONS = ("teacher_head", "student_head", "head_padding")

@@ -6,7 +6,11 @@ word boundaries, byte fallback, merges of long words, special tokens written out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from random import Random
 
 _SCRIPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -86,8 +90,47 @@ PROBES: tuple[str, ...] = (
 
 
 def in_context(tokens: Iterable[str]) -> list[str]:
-    """Each token's text alone, inside a word, and between blanks: flags such as `lstrip` show there."""
-    return [text for token in tokens for text in (token, f"a{token}b", f"a  {token}  b")]
+    """Each token's text alone, inside a word, between blanks, and in other letters: its flags show there."""
+    return [
+        text
+        for token in tokens
+        for text in (token, f"a{token}b", f"a  {token}  b", *dict.fromkeys((token.lower(), token.upper())))
+    ]
+
+
+# Names of characters that come by the thousand and are treated alike.
+_MANY = (
+    "CJK UNIFIED",
+    "HANGUL SYLLABLE",
+    "TANGUT",
+    "EGYPTIAN",
+    "CUNEIFORM",
+    "YI SYLLABLE",
+    "ANATOLIAN",
+    "KHITAN",
+    "NUSHU",
+)
+
+
+@cache
+def each_character() -> tuple[str, ...]:
+    """Every assigned character within a word, eight words a text; of ideographs and syllables every 64th."""
+    assigned = (chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in _NO_TEXT)
+    words = [
+        f"a{letter}b"
+        for letter in assigned
+        if ord(letter) % 64 == 0 or not unicodedata.name(letter, "").startswith(_MANY)
+    ]
+    return tuple(" ".join(words[i : i + 8]) for i in range(0, len(words), 8))
+
+
+_NO_TEXT = frozenset({"Cn", "Cs", "Co"})  # unassigned, halves of pairs, private
+
+
+def side_by_side(tokens: Sequence[str], n: int = 5_000) -> list[str]:
+    """`n` texts of two or three tokens each, the same ones every time."""
+    random = Random(0)
+    return ["".join(random.choices(tokens, k=random.choice((2, 3)))) for _ in range(n)]
 
 
 def shortest(text: str, differs: Callable[[str], bool]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from distill_assets.foundation.errors import IncompatibleTokenizers
 
 Verdict = Literal["identical", "padded", "subset", "incompatible"]
+Result = Literal["same", "blocks", "accepted", "noted", "not known"]
 
 # A head without a row for an id computes nothing for it; no settings can take that on.
 UNACCEPTABLE = ("teacher_head", "student_head")
@@ -26,11 +27,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """An id and the token it stands for on each side."""
+    """An id, the token it is on each side, and the bytes that stands for in a text, hexadecimal."""
 
     id: int
     teacher: str
     student: str
+    teacher_bytes: str
+    student_bytes: str
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,28 @@ class Probe:
 
 @dataclass(frozen=True)
 class SideSummary:
-    """`n_real`: one more than the largest id with a token. `head_width` None: not known."""
+    """`n_real`: one more than the largest id with a token. `head_width`, `tied` None: not known."""
 
     name: str
     n_real: int
     head_width: int | None
+    tied: bool | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One thing that was looked at: what, how it came out, and what was found."""
+
+    name: str
+    what: str
+    result: Result
+    found: str
 
 
 @dataclass(frozen=True)
 class TokenizerReport:
     """What was found. `missing_ids` (ascending) have a token in the teacher and none in the student.
+    `compared` is everything that was looked at, what agrees included.
 
     The verdict states facts; `usable` also counts what the user took on: `accepted` names the
     blocking differences found here that settings accept.
@@ -63,6 +78,7 @@ class TokenizerReport:
 
     verdict: Verdict
     reasons: tuple[str, ...]
+    compared: tuple[Compared, ...]
     differences: tuple[Difference, ...]
     first_difference: TokenDifference | None
     probe: Probe | None
@@ -86,6 +102,7 @@ class TokenizerReport:
             "verdict": self.verdict,
             "usable": self.usable,
             "reasons": list(self.reasons),
+            "compared": [asdict(line) for line in self.compared],
             "differences": [asdict(difference) for difference in self.differences],
             "first_difference": asdict(self.first_difference) if self.first_difference else None,
             "probe": _lists(asdict(self.probe)) if self.probe else None,
@@ -109,6 +126,12 @@ def require_compatible(report: TokenizerReport) -> None:
         f"teacher {report.teacher.name} and student {report.student.name} are incompatible: "
         f"{'; '.join(difference.detail for difference in blocking)}; {advice}"
     )
+
+
+def cut(value: object, length: int = 80) -> str:
+    """A value as Python writes it, at most `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def ranges(ids: tuple[int, ...]) -> list[list[int]]:

@@ -7,23 +7,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill_assets.tokenizer_compatibility.definition import Definition, Merge, Spelling
+from distill_assets.tokenizer_compatibility.equivalence import Comparison, Open
 from distill_assets.tokenizer_compatibility.fingerprint import backend_state
-from distill_assets.tokenizer_compatibility.probes import PROBES, in_context, shortest
+from distill_assets.tokenizer_compatibility.merge_order import telling_texts
+from distill_assets.tokenizer_compatibility.probes import PROBES, each_character, in_context, shortest, side_by_side
 from distill_assets.tokenizer_compatibility.report import Probe, TokenDifference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRIED = 500  # differing ids and merges whose text is tried as a probe
+_TRIED = 500  # differing ids, and merges of each kind, whose text is tried as a probe
+_PLAIN = Spelling(byte_level=False, byte_tokens=False, space=None, continuation=None)
 
 
 @dataclass(frozen=True)
 class TokenizerSide:
-    """One side of a comparison. `head_width`: rows of the model's output head, None when not known."""
+    """One side of a comparison. `head_width`: rows of the model's output head, `tied` whether it is the
+    input embedding too; None where that is not known.
+    """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     head_width: int | None
+    tied: bool | None = None
 
     @cached_property
     def tokens(self) -> dict[int, str]:
@@ -38,10 +45,49 @@ class TokenizerSide:
     def state(self) -> dict[str, Any]:
         return backend_state(self.tokenizer)
 
+    @cached_property
+    def definition(self) -> Definition | None:
+        """The rules; None for a tokenizer that has them, or some of them, in code of its class."""
+        from transformers import PreTrainedTokenizerFast
+
+        kind = type(self.tokenizer)
+        own = [name for name in ("__call__", "_encode_plus") if getattr(kind, name) != _inherited(name)]
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast) or own:
+            return None
+        return Definition(self.state, bool(self.tokenizer.split_special_tokens))
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Id -> text of added tokens."""
+        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @property
+    def spelling(self) -> Spelling:
+        """How its vocabulary writes bytes; for rules in code not known, and taken to be as text."""
+        return self.definition.spelling if self.definition else _PLAIN
+
+    def bytes_of(self, i: int) -> bytes:
+        """What an id stands for in a text."""
+        return self.added[i].encode() if i in self.added else self.spelling.bytes_of(self.tokens[i])
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without inserted ones."""
-        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if not texts:
+            return []
+        encoded: list[list[int]] = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
         return encoded
+
+
+def _inherited(name: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return getattr(PreTrainedTokenizerFast, name)
 
 
 @dataclass(frozen=True)
@@ -52,11 +98,22 @@ class Pair:
     student: TokenizerSide
     extra_probes: Sequence[str] = ()
 
+    # ids -------------------------------------------------------------------------------------
+
     @cached_property
     def conflicts(self) -> tuple[int, ...]:
-        """Ids with a token on both sides that is not the same one, ascending."""
-        student = self.student.tokens
-        return tuple(sorted(i for i, token in self.teacher.tokens.items() if student.get(i, token) != token))
+        """Ids with a token on both sides that is not the same one, or does not stand for the same bytes; ascending."""
+        teacher, student = self.teacher, self.student
+        shared = teacher.tokens.keys() & student.tokens.keys()
+        if self.rules is None or teacher.spelling == student.spelling:
+            return tuple(sorted(i for i in shared if teacher.tokens[i] != student.tokens[i]))
+        return tuple(
+            sorted(
+                i
+                for i in shared
+                if teacher.tokens[i] != student.tokens[i] or teacher.bytes_of(i) != student.bytes_of(i)
+            )
+        )
 
     @cached_property
     def missing(self) -> tuple[int, ...]:
@@ -72,17 +129,39 @@ class Pair:
     def first_difference(self) -> TokenDifference | None:
         if not self.conflicts:
             return None
-        first = self.conflicts[0]
-        return TokenDifference(first, self.teacher.tokens[first], self.student.tokens[first])
+        i = self.conflicts[0]
+        return TokenDifference(
+            i,
+            self.teacher.tokens[i],
+            self.student.tokens[i],
+            self.teacher.bytes_of(i).hex(),
+            self.student.bytes_of(i).hex(),
+        )
+
+    # rules -----------------------------------------------------------------------------------
+
+    @cached_property
+    def rules(self) -> Comparison | None:
+        """The two definitions; None where a side has none to compare."""
+        teacher, student = self.teacher.definition, self.student.definition
+        if teacher is None or student is None:
+            return None
+        return Comparison(teacher, student, self.teacher.tokens.keys() & self.student.tokens.keys())
+
+    @cached_property
+    def open_parts(self) -> tuple[Open, ...]:
+        """Rules that differ and are not shown to be the same in effect."""
+        return self.rules.open_parts() if self.rules else ()
+
+    # texts -----------------------------------------------------------------------------------
 
     @cached_property
     def probe(self) -> Probe | None:
         """A short text that gets different ids, of all that were tried; None when there is none."""
-        encoded = zip(self.texts, self.teacher.encode(self.texts), self.student.encode(self.texts), strict=True)
-        differing = [text for text, teacher, student in encoded if self._disagree(teacher, student)]
+        differing = [text for text, teacher, student in self.encoded if self._disagree(teacher, student)]
         if not differing:
             return None
-        text = shortest(min(differing, key=len), self._differs)
+        text = min((shortest(text, self._differs) for text in sorted(differing, key=len)[:5]), key=len)
         [teacher], [student] = self.teacher.encode([text]), self.student.encode([text])
         return Probe(
             text,
@@ -93,27 +172,54 @@ class Pair:
         )
 
     @cached_property
-    def texts(self) -> tuple[str, ...]:
-        """The corpus, added tokens of either side in context, and the texts of differing ids and merges."""
-        added = {
-            token.content
-            for side in (self.teacher, self.student)
-            for token in side.tokenizer.added_tokens_decoder.values()
-        }
-        suspects = [self.teacher.tokens[i] for i in self.conflicts[:_TRIED]]
-        suspects += [left + right for left, right in self.differing_merges[:_TRIED]]
-        plain = [str(self.teacher.tokenizer.convert_tokens_to_string([token])) for token in suspects]
-        return tuple(dict.fromkeys([*PROBES, *self.extra_probes, *in_context(sorted(added)), *plain]))
+    def encoded(self) -> list[tuple[str, list[int], list[int]]]:
+        """(text, teacher's ids, student's ids) of all that was tried.
 
-    @cached_property
-    def differing_merges(self) -> list[list[str]]:
-        """BPE merges at whose rank the two lists disagree, of both sides, in the order of ranks."""
-        teacher, student = (side.state.get("model", {}).get("merges") or [] for side in (self.teacher, self.student))
-        if teacher == student:
+        Where rules are open, or in code, and the texts at hand show no difference, many more are tried.
+        """
+        encoded = self._encode(self._texts_at_hand())
+        found = any(self._disagree(teacher, student) for _, teacher, student in encoded)
+        if not found and (self.open_parts or (self.rules is None and not self._same_code)):
+            encoded += self._encode(self._many_texts())
+        return encoded
+
+    @property
+    def _same_code(self) -> bool:
+        """One class with one vocabulary and the same options."""
+        teacher, student = self.teacher, self.student
+        return (
+            type(teacher.tokenizer) is type(student.tokenizer)
+            and teacher.tokens == student.tokens
+            and teacher.tokenizer.init_kwargs == student.tokenizer.init_kwargs
+        )
+
+    def _encode(self, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
+        return list(zip(texts, self.teacher.encode(texts), self.student.encode(texts), strict=True))
+
+    def _texts_at_hand(self) -> list[str]:
+        """The corpus, added tokens of either side in context, and what the differences themselves suggest."""
+        added = sorted({*self.teacher.added.values(), *self.student.added.values()})
+        suspects = [self.teacher.bytes_of(i) for i in self.conflicts[:_TRIED]]
+        suspects += [self.teacher.spelling.bytes_of(token) for token in self._told_by_merges()]
+        plain = [text for token in suspects if (text := token.decode("utf-8", "ignore"))]
+        known = [d for d in (self.teacher.definition, self.student.definition) if d and self.open_parts]
+        literals = [text for definition in known for text in definition.literals]
+        in_words = [text for token in plain for text in (token, f"a {token}")]
+        return list(dict.fromkeys([*PROBES, *self.extra_probes, *in_context([*added, *literals]), *in_words]))
+
+    def _told_by_merges(self) -> list[str]:
+        if not any(part.part == "merges" for part in self.open_parts):
             return []
-        shared = min(len(teacher), len(student))
-        differing = [merge for two in zip(teacher, student, strict=False) if two[0] != two[1] for merge in two]
-        return [*differing, *teacher[shared:], *student[shared:]]
+        merges = [self._merges(side) for side in (self.teacher, self.student)]
+        return telling_texts(merges[0], merges[1], _TRIED)
+
+    def _merges(self, side: TokenizerSide) -> list[Merge]:
+        return self.rules.merges(side.definition) if self.rules and side.definition else []
+
+    def _many_texts(self) -> list[str]:
+        """Every character, every token, and tokens beside each other."""
+        tokens = [self.teacher.bytes_of(i).decode("utf-8", "ignore") for i in sorted(self.teacher.tokens)]
+        return [*each_character(), *tokens, *side_by_side(tokens)]
 
     def _differs(self, text: str) -> bool:
         [teacher], [student] = self.teacher.encode([text]), self.student.encode([text])

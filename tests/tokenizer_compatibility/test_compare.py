@@ -54,9 +54,9 @@ PAIRS: dict[str, tuple[Any, dict[str, Any], str, set[str], set[str]]] = {
     "lowercase": (m.lowercase, {}, "incompatible", {"segmentation"}, {"normalizer", "chat_template"}),
     "digits alone": (m.digits_alone, {}, "incompatible", {"segmentation"}, {"pre_tokenizer", "chat_template"}),
     "prefix space": (m.prefix_space, {}, "incompatible", {"segmentation"}, {"pre_tokenizer", "chat_template"}),
-    "lstrip": (m.strip_left, {}, "incompatible", {"segmentation"}, {"added_tokens"}),
+    "lstrip": (m.strip_left, {}, "incompatible", {"segmentation"}, {"added_tokens", "chat_template"}),
     "student lacks an id": (m.drop_last_merge_and_token, {}, "subset", set(), {"missing_ids", "merges"}),
-    "teacher lacks an id": (m.add_special, {}, "subset", set(), {"extra_ids"}),
+    "teacher lacks an id": (m.add_special, {}, "subset", set(), {"extra_ids", "chat_template"}),
 }
 
 
@@ -131,12 +131,14 @@ def test_two_families_are_told_apart_by_more_than_size(tokenizer: PreTrainedToke
     )
 
 
-def test_a_text_of_the_users_own_can_decide(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_of_the_users_own_can_be_the_evidence(tokenizer: PreTrainedTokenizerFast) -> None:
     def odd(state: dict[str, Any]) -> None:
-        state["normalizer"] = {"type": "Replace", "pattern": {"String": "zyzzyva"}, "content": "weevil"}
+        state["normalizer"] = {"type": "Replace", "pattern": {"Regex": "zyz{2}yva"}, "content": "Ə"}
 
     student = m.changed(tokenizer, odd)
-    assert compare(tokenizer, student).verdict == "identical"
+    unseen = compare(tokenizer, student)
+    assert unseen.verdict == "incompatible" and unseen.probe is None
+    assert "differ in normalizers" in unseen.reasons[0] and "cannot be shown" in unseen.reasons[0]
     report = compare(tokenizer, student, extra_probes=["A zyzzyva is a weevil."])
     assert report.verdict == "incompatible"
     assert report.probe is not None and report.probe.text == "zyzzyva"

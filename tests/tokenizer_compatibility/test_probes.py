@@ -22,7 +22,7 @@ def test_the_corpus_holds_what_it_promises() -> None:
 
 
 def test_tokens_in_context() -> None:
-    assert in_context(["<x>"]) == ["<x>", "a<x>b", "a  <x>  b"]
+    assert in_context(["<x>"]) == ["<x>", "a<x>b", "a  <x>  b", "<x>", "<X>"]
 
 
 @given(before=st.text("abc", max_size=40), after=st.text("abc", max_size=40))
