@@ -1,0 +1,99 @@
+"""How some held-out rows go on, by each model: read side by side, with what really came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from distill_assets.foundation.language_model import head_width, quiet_transformers
+from distill_assets.student_evaluation.samples import CONTEXT_TOKENS
+from distill_assets.student_model.vocabulary import StudentVocabulary
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
+
+N_COMPLETIONS = 4
+WRITTEN_TOKENS = 32
+_SHORTEST_PROMPT = 8  # tokens; a row that is all text has no prompt of its own
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row's number, and how many of its tokens are given."""
+
+    row: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of a prompt, how the row goes on, and how each model does: its likeliest token, one after another."""
+
+    shard: str
+    row: int
+    row_id: str | None
+    prompt_ids: tuple[int, ...]
+    prompt_is_cut: bool
+    gold_ids: tuple[int, ...]
+    written_ids: Mapping[str, tuple[int, ...]]
+
+
+def choose_prompts(rows: Sequence[CapturedRow], n: int = N_COMPLETIONS) -> list[Prompt]:
+    """Up to `n` rows, evenly spaced among those that go on for at least half of WRITTEN_TOKENS.
+
+    A prompt is what comes before the row's first supervised token. Depends on the rows alone.
+    """
+    prompts = []
+    for i, row in enumerate(rows):
+        if row.targets.n_positions:
+            given = max(int(row.targets.positions_P[0]) + 1, _SHORTEST_PROMPT)
+            if len(row.input_ids) - given >= WRITTEN_TOKENS // 2:
+                prompts.append(Prompt(i, given))
+    spaced = np.linspace(0, len(prompts) - 1, min(n, len(prompts))).round().astype(int)
+    return [prompts[i] for i in spaced]
+
+
+@torch.inference_mode()
+def continue_greedily(
+    model: PreTrainedModel,
+    rows: Sequence[CapturedRow],
+    prompts: Sequence[Prompt],
+    vocabulary: StudentVocabulary,
+    end_id: int | None,
+) -> list[tuple[int, ...]]:
+    """At most WRITTEN_TOKENS ids of the vocabulary after each prompt, up to and with `end_id`."""
+    never = [*vocabulary.unused, *range(vocabulary.n_real, head_width(model))]
+    settings = GenerationConfig(
+        max_new_tokens=WRITTEN_TOKENS,
+        do_sample=False,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+        suppress_tokens=never or None,
+    )
+    written = []
+    generate: Any = model.generate
+    for prompt in prompts:
+        ids_1T = torch.from_numpy(rows[prompt.row].input_ids[: prompt.n_tokens].astype(np.int64))[None].to(model.device)
+        with quiet_transformers():
+            out_1T = generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
+        written.append(tuple(int(i) for i in out_1T[0, prompt.n_tokens :]))
+    return written
+
+
+def make_completion(
+    shard: str, row: CapturedRow, prompt: Prompt, written_ids: Mapping[str, tuple[int, ...]]
+) -> Completion:
+    """The completions of one prompt, by each model."""
+    start = max(0, prompt.n_tokens - 2 * CONTEXT_TOKENS)
+    return Completion(
+        shard=shard,
+        row=row.row,
+        row_id=row.id,
+        prompt_ids=tuple(int(i) for i in row.input_ids[start : prompt.n_tokens]),
+        prompt_is_cut=start > 0,
+        gold_ids=tuple(int(i) for i in row.input_ids[prompt.n_tokens :][:WRITTEN_TOKENS]),
+        written_ids=written_ids,
+    )
