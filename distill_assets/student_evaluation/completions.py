@@ -64,23 +64,36 @@ def continue_greedily(
     vocabulary: StudentVocabulary,
     end_id: int | None,
 ) -> list[tuple[int, ...]]:
-    """At most WRITTEN_TOKENS ids of the vocabulary after each prompt, up to and with `end_id`."""
+    """At most WRITTEN_TOKENS ids of the vocabulary after each prompt, up to and with `end_id`.
+
+    All prompts are continued at once, padded on the left: a step reads the weights once for all of them.
+    """
+    if not prompts:
+        return []
     never = [*vocabulary.unused, *range(vocabulary.n_real, head_width(model))]
     settings = GenerationConfig(
         max_new_tokens=WRITTEN_TOKENS,
         do_sample=False,
         eos_token_id=end_id,
-        pad_token_id=end_id,
+        pad_token_id=end_id or 0,
         suppress_tokens=never or None,
     )
-    written = []
+    width = max(prompt.n_tokens for prompt in prompts)
+    ids_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
+    seen_BT = torch.zeros_like(ids_BT)
+    for b, prompt in enumerate(prompts):
+        given = rows[prompt.row].input_ids[: prompt.n_tokens]
+        ids_BT[b, width - prompt.n_tokens :] = torch.from_numpy(given.astype(np.int64))
+        seen_BT[b, width - prompt.n_tokens :] = 1
     generate: Any = model.generate
-    for prompt in prompts:
-        ids_1T = torch.from_numpy(rows[prompt.row].input_ids[: prompt.n_tokens].astype(np.int64))[None].to(model.device)
-        with quiet_transformers():
-            out_1T = generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
-        written.append(tuple(int(i) for i in out_1T[0, prompt.n_tokens :]))
-    return written
+    with quiet_transformers():
+        out_BT = generate(ids_BT.to(model.device), attention_mask=seen_BT.to(model.device), generation_config=settings)
+    return [_up_to(end_id, ids) for ids in out_BT[:, width:].tolist()]
+
+
+def _up_to(end_id: int | None, ids: list[int]) -> tuple[int, ...]:
+    """What was written: what follows the end is padding."""
+    return tuple(ids[: ids.index(end_id) + 1] if end_id in ids else ids)
 
 
 def make_completion(

@@ -8,7 +8,7 @@ Legend: N = supervised positions of all rows, D = the teacher's width, V = ids b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill_assets.foundation.language_model import real_logits
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
-from distill_assets.student_evaluation.packing import batches, final_states
+from distill_assets.student_evaluation.packing import batches, final_states, places
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.teacher import Teacher
@@ -51,6 +51,14 @@ class DenseTeacher:
             parts.append(states.cpu())
         order = torch.from_numpy(np.argsort(np.concatenate(index_N)))
         return cls(teacher, torch.cat(parts)[order], vocabulary)
+
+    def final_states(
+        self, rows: Sequence[CapturedRow], plan: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], NDArray[np.int64], Tensor]]:
+        """As `packing.final_states` of the teacher, from what is kept."""
+        for batch in plan:
+            index_N = places(rows, batch)
+            yield batch, index_N, self.states_ND[torch.from_numpy(index_N)].to(self.teacher.device)
 
     def logprobs(self, index_N: NDArray[np.int64], device: torch.device) -> Tensor:
         """log p [N, V] in float32 at these positions, over the ids both sides have; the others have none of it."""

@@ -23,8 +23,10 @@ from distill_assets.student_evaluation.completions import (
 )
 from distill_assets.student_evaluation.dense import DenseTeacher
 from distill_assets.student_evaluation.figures import (
+    CONTROL,
     STUDENT,
     TEACHER,
+    UNTRAINED,
     EntropyBin,
     PositionTable,
     Scope,
@@ -73,7 +75,7 @@ class Evaluation:
     @property
     def rival(self) -> str | None:
         """Whom the student is measured against: the control, else the untrained student."""
-        return next((name for name in ("control", "untrained") if name in self.overall.differences), None)
+        return next((name for name in (CONTROL, UNTRAINED) if name in self.overall.differences), None)
 
     @property
     def outcome(self) -> Literal["closer", "farther", "undecided"]:
@@ -120,7 +122,8 @@ def evaluate(
 
     def look_at(name: str, model: PreTrainedModel, dense: DenseTeacher | None) -> None:
         scores[name] = score_model(model, rows, vocabulary, name=name, dense=dense, on_progress=on_progress)
-        written[name] = continue_greedily(model, rows, prompts, vocabulary, end_id)
+        if name != UNTRAINED:  # nobody reads what it writes
+            written[name] = continue_greedily(model, rows, prompts, vocabulary, end_id)
 
     with ExitStack() as stack:
         dense = None

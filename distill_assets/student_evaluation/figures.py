@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
 from distill_assets.student_evaluation.calibration import Calibration, calibration_error
-from distill_assets.student_evaluation.metrics import DENSE_METRICS, METRICS, RECORD_METRICS, Metric
+from distill_assets.student_evaluation.metrics import METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.scoring import PositionScores
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
-TEACHER, STUDENT, CONTROL = "teacher", "student", "control"
+TEACHER, STUDENT, CONTROL, UNTRAINED = "teacher", "student", "control", "untrained"
 MOST_BINS = 8
 FEWEST_IN_BIN = 25  # positions; fewer make an agreement that jumps by 4 points at each of them
 
@@ -118,7 +118,12 @@ class PositionTable:
 
     def columns(self) -> dict[tuple[str, str], NDArray[Any]]:
         """What each (model, metric) sums over the positions [N]."""
-        values = {(model, m.key): getattr(s, m.column) for model, s in self.scores.items() for m in self.metrics}
+        values = {
+            (model, m.key): values_N
+            for model, s in self.scores.items()
+            for m in self.metrics
+            if (values_N := getattr(s, m.column)) is not None
+        }
         if not self.is_dense and np.isfinite(self.gold_logprob_N).all():  # a capture from elsewhere need not have it
             values[TEACHER, "perplexity"] = -self.gold_logprob_N
         return values
@@ -133,9 +138,6 @@ class PositionTable:
         n_rows, n_positions = len(sums), int(sums[:, 0].sum())
 
         def figure(model: str, metric: Metric) -> Estimate | None:
-            if model == TEACHER and metric in DENSE_METRICS:
-                assert metric.ideal is not None
-                return Estimate(metric.ideal, None, None)
             if (model, metric.key) in values:
                 return estimate(points[model, metric.key][0], replicates[model, metric.key], n_rows)
             return None if metric.ideal is None else Estimate(metric.ideal, None, None)

@@ -29,6 +29,12 @@ def batches(
     return [[among[j] for j in batch] for batch in plan]
 
 
+def places(rows: Sequence[CapturedRow], batch: Sequence[int]) -> NDArray[np.int64]:
+    """The places [N] of a batch's supervised positions among those of all rows."""
+    ends = np.cumsum([row.targets.n_positions for row in rows])
+    return np.concatenate([np.arange(ends[i] - rows[i].targets.n_positions, ends[i]) for i in batch])
+
+
 def final_states(
     model: PreTrainedModel,
     rows: Sequence[CapturedRow],
@@ -38,11 +44,10 @@ def final_states(
 ) -> Iterator[tuple[Sequence[int], NDArray[np.int64], Tensor]]:
     """(numbers of the batch's rows, index_N, states_ND) of each batch of `plan`, on the model's device.
 
-    `index_N` are the places of the batch's supervised positions among those of all rows. Progress
-    is told once whoever asks for the next batch is done with this one.
+    `index_N` are the `places` of the batch. Progress is told once whoever asks for the next batch is
+    done with this one.
     """
     counts = [row.targets.n_positions for row in rows]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     total = sum(counts[i] for batch in plan for i in batch)
     began, done = time.monotonic(), 0
     for batch in plan:
@@ -55,6 +60,6 @@ def final_states(
         hidden_BTD = hidden_states(model, ids_BT.to(model.device))
         states_ND = hidden_BTD[row_N.to(hidden_BTD.device), position_N.to(hidden_BTD.device)]
         del hidden_BTD
-        yield batch, np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch]), states_ND
+        yield batch, places(rows, batch), states_ND
         done += len(row_N)
         on_progress(Progress(step, done, total, "positions", time.monotonic() - began))

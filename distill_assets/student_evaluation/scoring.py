@@ -46,7 +46,8 @@ class PositionScores:
     ids, likeliest first; `right_N` says where the first of them came next. `tempered_N` is the
     first one's probability once the logits are divided by `temperature`, NaN at the positions that
     was fitted on (and everywhere where there are none of those). What begins with `dense` compares
-    whole distributions, KLs in nats, the rest probabilities; None where no teacher was given.
+    whole distributions, KLs in nats, the rest probabilities; None where no
+    teacher was given, and of the teacher itself.
     """
 
     nll_N: NDArray[np.float64]
@@ -105,7 +106,11 @@ def score_model(
     temperature = math.nan
     parts: list[PositionScores] = []
     order: list[NDArray[np.int64]] = []
-    passes = final_states(model, rows, [batch for plan in plans for batch in plan], f"evaluate {name}", on_progress)
+    plan = [batch for half in plans for batch in half]
+    if is_teacher := dense is not None and model is dense.teacher.model:  # its body has run
+        passes = dense.final_states(rows, plan)
+    else:
+        passes = final_states(model, rows, plan, f"evaluate {name}", on_progress)
     for number, (batch, index_N, states_ND) in enumerate(passes):
         if number == n_fitting > 0:
             temperature = fit_temperature(nll_H)
@@ -118,7 +123,7 @@ def score_model(
             logits_NV = real_logits(model, states_ND[part], vocabulary.n_real, unused)
             if number < n_fitting:
                 nll_H += nll_by_temperature(logits_NV, outcomes.gold_N[part].to(model.device))
-            teacher_NV = None if dense is None else dense.logprobs(index_N[part], model.device)
+            teacher_NV = None if dense is None or is_teacher else dense.logprobs(index_N[part], model.device)
             scored.append(_score(logits_NV, outcomes.at(part), teacher_NV, temperature))
         _require_finite(_joined(scored), batch_rows, name)
         parts += scored
