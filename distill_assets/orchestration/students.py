@@ -224,6 +224,7 @@ class StudentSide:
             student_id=self.ids["student"],
             control_id=self.ids.get("control"),
             heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
+            teacher_weights=spec.identity["weights"],
             dense=self.settings.evaluation.dense,
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),

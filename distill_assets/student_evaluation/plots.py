@@ -21,7 +21,7 @@ from PIL import Image
 
 from distill_assets.student_evaluation.bootstrap import Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import STUDENT, TEACHER, Scope
+from distill_assets.student_evaluation.figures import STUDENT, TEACHER
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, RECORD_METRICS, Metric
 
 Curve = Sequence[Mapping[str, Any]]
@@ -59,8 +59,8 @@ def draw_pictures(evaluation: Evaluation, curves: Mapping[str, Curve]) -> dict[s
     A picture whose data does not exist (no dense figures, no curve, no known entropy) is left out.
     """
     with rc_context(_STYLE):
-        pictures = {"dense": draw_metrics(evaluation.overall, DENSE_METRICS)} if evaluation.is_dense else {}
-        pictures["metrics"] = draw_metrics(evaluation.overall, RECORD_METRICS)
+        pictures = {"dense": draw_metrics(evaluation.overall.models, DENSE_METRICS)} if evaluation.is_dense else {}
+        pictures["metrics"] = draw_metrics(evaluation.overall.models, RECORD_METRICS)
         if evaluation.entropy_bins:
             pictures["entropy"] = draw_by_entropy(evaluation)
         pictures["kept_mass"] = draw_kept_mass(evaluation.kept_mass)
@@ -69,11 +69,20 @@ def draw_pictures(evaluation: Evaluation, curves: Mapping[str, Curve]) -> dict[s
     return pictures
 
 
-def draw_metrics(scope: Scope, metrics: Sequence[Metric]) -> bytes:
-    """A panel a metric, of which there are four, a dot with its 95% interval a model."""
-    figure, axes = _panels(2, 2, height=1.0 + 0.82 * len(scope.models))
-    for ax, metric in zip(axes, metrics, strict=True):
-        _metric_panel(ax, metric, {name: figures[metric.key] for name, figures in scope.models.items()})
+def draw_comparison(models: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[Metric]) -> bytes:
+    """`draw_metrics` of students by id, in a style of our own."""
+    with rc_context(_STYLE):
+        return draw_metrics(models, metrics)
+
+
+def draw_metrics(models: Mapping[str, Mapping[str, Estimate | None]], metrics: Sequence[Metric]) -> bytes:
+    """A panel a metric, a dot with its 95% interval a model."""
+    rows = (len(metrics) + 1) // 2
+    figure, axes = _panels(rows, 2, height=rows * (0.5 + 0.41 * len(models)))
+    for ax, metric in zip(axes, metrics, strict=False):
+        _metric_panel(ax, metric, {name: figures[metric.key] for name, figures in models.items()})
+    for ax in axes[len(metrics) :]:
+        ax.set_axis_off()
     return _png(figure)
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from transformers import PreTrainedTokenizerBase
 
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
@@ -22,6 +17,7 @@ from distill_assets.student_evaluation.completions import Completion
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import TEACHER, Scope
 from distill_assets.student_evaluation.metrics import DENSE_METRICS, RECORD_METRICS, Metric
+from distill_assets.student_evaluation.page import data_uri, template
 from distill_assets.student_evaluation.per_row import ROWS_FILE
 from distill_assets.student_evaluation.samples import Ranked, Sample
 from distill_assets.student_evaluation.wording import (
@@ -54,7 +50,7 @@ class Heldout:
 class ReportDetails:
     """What was compared, and whether against the whole distribution of the teacher.
 
-    `targets` and `training` are shown as they are, name by name.
+    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name.
     """
 
     report_id: str
@@ -63,6 +59,7 @@ class ReportDetails:
     student_id: str
     control_id: str | None
     heldout: tuple[Heldout, ...]
+    teacher_weights: str
     dense: bool
     targets: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -110,7 +107,7 @@ def write_report(
     pictures = draw_pictures(evaluation, curves)
     samples = [describe_sample(sample, tokenizer) for sample in evaluation.samples]
     completions = [describe_completion(completion, tokenizer) for completion in evaluation.completions]
-    page = _template().render(
+    page = template("report.html.jinja").render(
         evaluation=evaluation,
         details=details,
         verdict=verdict(evaluation),
@@ -124,7 +121,7 @@ def write_report(
         n_bins=N_BINS,
         replicates=REPLICATES,
         pictures=[
-            {"name": name, "source": _data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
+            {"name": name, "source": data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
         ],
     )
     record = {
@@ -162,7 +159,7 @@ def as_markdown(evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
     ]
     for name, png in pictures.items():
         caption = _captions(evaluation)[name]
-        parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({_data_uri(png)})")
+        parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({data_uri(png)})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -293,17 +290,3 @@ def visible(text: str | list[str], spaces: bool = False) -> str:
 
 
 _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "\\r", " ": "␣"}
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    source = files("distill_assets.student_evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda share: number(100 * share, 1) + "%"
-    environment.filters["shown"] = lambda value: value if isinstance(value, str) else json.dumps(value)
-    environment.filters["number"] = number
-    return environment.from_string(source)

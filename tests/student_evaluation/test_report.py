@@ -34,6 +34,7 @@ DETAILS = ReportDetails(
     student_id="aaaa000011112222",
     control_id="bbbb000011112222",
     heldout=(Heldout("heldout-a", "ab" * 32, "cccc000011112222"), Heldout("heldout-b", "cd" * 32, "cccc000011112222")),
+    teacher_weights="ee" * 32,
     dense=False,
     targets={"kind": "top_k", "k": 8},
     training={"steps": 120, "learning_rate": 0.001},
