@@ -178,16 +178,14 @@ def _comparable(chosen: Sequence[Measured]) -> tuple[list[Metric], tuple[str, ..
         notes.append("Their teachers differ, so only what needs no teacher is compared.")
     else:
         wanted.add("agreement_share")
-        if all_dense:
+        if all_dense:  # what else there is, is a bound of these
             wanted |= {m.key for m in DENSE_METRICS}
-        else:
-            notes.append("Not all were measured against the teacher's whole distribution (evaluation.dense).")
-        if one_record:
+        elif one_record:
             wanted |= {m.key for m in RECORD_METRICS}
         else:
             notes.append(
-                "Their records of the held-out rows keep different ids, so what is made on the kept ids (KL, "
-                "acceptance) does not mean the same and is left out."
+                "Their records of the held-out rows keep different ids, so KL and acceptance on the kept ids do not "
+                "mean the same and are left out; with evaluation.dense true for all, the dense ones can be compared."
             )
     return [m for m in METRICS if m.key in wanted], tuple(notes)
 

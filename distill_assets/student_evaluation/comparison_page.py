@@ -49,10 +49,10 @@ def figure_rows(comparison: Comparison) -> list[dict[str, str]]:
 
 def difference_rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row a student but the first: it minus the first, shares in percentage points."""
-    first, *others = comparison.students
+    others = comparison.students[1:]
     return [
         {
-            "difference": f"{s.student_id} {MINUS} {first.student_id}",
+            "difference": f"{s.student_id} {MINUS} first",
             **{
                 column(m, difference=True): write_estimate(m, s.differences[m.key], signed=True)
                 for m in comparison.measures

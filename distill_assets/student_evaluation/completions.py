@@ -17,7 +17,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
 N_COMPLETIONS = 4
 WRITTEN_TOKENS = 32
-_SHORTEST_PROMPT = 8  # tokens; a row that is all text has no prompt of its own
+_PROMPT_OF_TEXT = 8  # tokens; a row that is all text has no prompt of its own
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class Completion:
 def choose_prompts(rows: Sequence[CapturedRow], n: int = N_COMPLETIONS) -> list[Prompt]:
     """Up to `n` rows, evenly spaced among those that go on for at least half of WRITTEN_TOKENS.
 
-    A prompt is what comes before the row's first supervised token. Depends on the rows alone.
+    A prompt is what comes before the row's first supervised token, a few tokens where only one does.
+    Depends on the rows alone.
     """
     prompts = []
     for i, row in enumerate(rows):
         if row.targets.n_positions:
-            given = max(int(row.targets.positions_P[0]) + 1, _SHORTEST_PROMPT)
+            given = int(row.targets.positions_P[0]) + 1
+            if given == 1:
+                given = _PROMPT_OF_TEXT
             if len(row.input_ids) - given >= WRITTEN_TOKENS // 2:
                 prompts.append(Prompt(i, given))
     spaced = np.linspace(0, len(prompts) - 1, min(n, len(prompts))).round().astype(int)

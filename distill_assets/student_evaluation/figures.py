@@ -160,7 +160,8 @@ class PositionTable:
     def calibration(self) -> dict[str, Calibration]:
         """Of each model that has a temperature, on the half of the rows it was not fitted on."""
         found = {}
-        for name, s in self.scores.items():
+        for name in [*self.students, *([TEACHER] if self.is_dense else [])]:
+            s = self.scores[name]
             judged_N = np.isfinite(s.tempered_N)
             if judged_N.any():
                 found[name] = Calibration(

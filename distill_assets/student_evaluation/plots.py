@@ -79,8 +79,9 @@ def draw_metrics(models: Mapping[str, Mapping[str, Estimate | None]], metrics: S
     """A panel a metric, a dot with its 95% interval a model."""
     rows = (len(metrics) + 1) // 2
     figure, axes = _panels(rows, 2, height=rows * (0.5 + 0.41 * len(models)))
-    for ax, metric in zip(axes, metrics, strict=False):
+    for n, (ax, metric) in enumerate(zip(axes, metrics, strict=False)):
         _metric_panel(ax, metric, {name: figures[metric.key] for name, figures in models.items()})
+        ax.tick_params(axis="y", labelleft=n % 2 == 0)  # once a row of panels
     for ax in axes[len(metrics) :]:
         ax.set_axis_off()
     return _png(figure)
