@@ -357,22 +357,50 @@ def import_(
 
 @app.command()
 def report(
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="With --compare: ids of students, or beginnings.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Put these students, of this home, in one table and one plot.")
+    ] = False,
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The path of the latest report."""
-    from distill_assets.orchestration.status import latest_report
-
-    path, is_current = latest_report(_pipeline(find_home(home)))
-    if not is_current:
-        errors.print("[dim]the data or settings changed since; `distill run` makes the current report[/]")
+    """The path of the latest report; with --compare, of a comparison of students."""
+    if ids and not compare:
+        raise UsageError(f"to compare students, write: distill report --compare {' '.join(ids)}")
+    found = find_home(home)
+    if compare:
+        path, answer = _compare(found, ids or [], as_json)
+    else:
+        path, answer = _latest_report(found)
     if as_json:
-        print_json({"path": str(path)})
+        print_json({"path": str(path), **answer})
     else:
         typer.echo(str(path))
     if open_it and not webbrowser.open(path.as_uri()):
         errors.print("[dim]no browser was found to open it in[/]")
+
+
+def _latest_report(home: Home) -> tuple[Path, dict[str, Any]]:
+    from distill_assets.orchestration.status import latest_report
+
+    path, is_current = latest_report(_pipeline(home))
+    if not is_current:
+        errors.print("[dim]the data or settings changed since; `distill run` makes the current report[/]")
+    return path, {}
+
+
+def _compare(home: Home, ids: list[str], as_json: bool) -> tuple[Path, dict[str, Any]]:
+    from distill_assets.student_evaluation.comparison import compare_students
+    from distill_assets.student_evaluation.comparison_page import write_comparison
+
+    comparison = compare_students(ids, home.students, home.reports)
+    path = write_comparison(comparison, home.comparisons / comparison.comparison_id)
+    if not as_json:
+        terminal.show_comparison(comparison)
+    return path, comparison.to_json()
 
 
 @app.command()
@@ -396,7 +424,8 @@ def gc(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what nothing refers to: superseded captures, students and reports that are not current, leftovers."""
+    """Remove what nothing refers to: superseded captures, students and reports that are not current, comparisons,
+    leftovers."""
     from distill_assets.orchestration.garbage import collect_garbage
 
     found = collect_garbage(find_home(home), dry_run)

@@ -27,6 +27,7 @@ from distill_assets.foundation.home import Home
 from distill_assets.foundation.progress import Progress, ProgressListener
 from distill_assets.foundation.settings import (
     DataSettings,
+    EvaluationSettings,
     Settings,
     StudentSettings,
     TargetSettings,
@@ -53,6 +54,7 @@ SETTINGS = Settings(
     data=DataSettings(shards="shards/*.jsonl", max_length=256),
     targets=TargetSettings(k=64, min_probability=0.002),
     training=TrainingSettings(epochs=2, learning_rate=1.0e-3, batch_tokens=512, freeze_embeddings=True),
+    evaluation=EvaluationSettings(dense=True),
 )
 
 # Shard -> what it is cut from: help topics by first letter, docstrings by standard module.

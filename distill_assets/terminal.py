@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distill_assets.orchestration.garbage import GarbageReport
     from distill_assets.orchestration.status import HomeStatus, ShardStatus
     from distill_assets.orchestration.verify import VerifyReport
+    from distill_assets.student_evaluation.comparison import Comparison
     from distill_assets.teacher_capture.importing import ImportReport
     from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
     from distill_assets.tokenizer_compatibility.compare import TokenizerReport
@@ -298,6 +299,18 @@ def show_run(report: RunReport) -> None:
         show_rows(tuple(report.summary[0]), [tuple(row.values()) for row in report.summary])
     if report.student_id:
         out.print(f"\nStudent {report.student_id}" + (f", report {report.report}" if report.report else ""))
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Figures, differences and settings that differ, a table each."""
+    from distill_assets.student_evaluation.comparison_page import difference_rows, figure_rows, setting_rows
+
+    for note in comparison.notes:
+        out.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+    for rows in (figure_rows(comparison), difference_rows(comparison), setting_rows(comparison)):
+        if rows:
+            show_rows(tuple(rows[0]), [tuple(row.values()) for row in rows])
+            out.print()
 
 
 def show_problems(report: VerifyReport) -> None:

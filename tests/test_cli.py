@@ -61,7 +61,7 @@ def refusal(*arguments: str | Path, home: Path | None = None, code: int = 1, **e
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> tuple[Path, dict[str, Any]]:
     """A home that `distill run` brought up to date, and what it answered."""
-    root = tiny.make_home(tmp_path_factory.mktemp("cli") / "home", teacher_folder, shards=2)
+    root = tiny.make_home(tmp_path_factory.mktemp("cli") / "home", teacher_folder, shards=2, evaluation={"dense": True})
     return root, answer("run", "--device", "cpu", home=root)
 
 
@@ -93,6 +93,21 @@ def test_run_answers_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
     assert ran["estimate"]["bytes"] > 0 and ran["bytes_written"] == ran["catalog"]["bytes"]
     assert (root / "students" / ran["student_id"] / "model.safetensors").is_file()
     assert Path(answer("report", home=root)["path"]).is_file()
+
+
+def test_students_of_the_home_are_compared(made: tuple[Path, dict[str, Any]]) -> None:
+    root, ran = made
+    told = answer("report", "--compare", ran["student_id"][:6], ran["control_id"], home=root)
+    assert Path(told["path"]).is_relative_to(root / "comparisons") and Path(told["path"]).is_file()
+    student, control = told["students"]
+    assert (student["kind"], control["student_id"]) == ("student", ran["control_id"])
+    figures = ran["evaluation"]["models"]  # the very figures of the report, dense ones as the home asks for
+    for name, compared in (("student", student), ("control", control)):
+        assert compared["figures"]["dense_kl_nats"]["value"] == pytest.approx(figures[name]["dense_kl_nats"]["value"])
+    shown = distill("report", "--compare", ran["student_id"], ran["control_id"], home=root).stdout
+    assert told["path"] in shown and "first" in shown
+    assert "there is no student ffff" in refusal("report", "--compare", "ffff", "aaaa", home=root, code=2)
+    assert "report --compare abcd" in refusal("report", "abcd", home=root, code=2)
 
 
 def test_plan_status_and_a_second_run(made: tuple[Path, dict[str, Any]]) -> None:

@@ -70,6 +70,10 @@ class Home:
         return self.root / "tokenizer_report.json"
 
     @property
+    def comparisons(self) -> Path:
+        return self.root / "comparisons"
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 
@@ -87,13 +91,13 @@ class Home:
     @property
     def kept_clean(self) -> tuple[Path, ...]:
         """Folders, besides those of captures and models, in which files are made beside and renamed."""
-        made = (self.root, self.root / ".cache", self.students, self.reports)
+        made = (self.root, self.root / ".cache", self.students, self.reports, self.comparisons)
         return tuple(folder for folder in made if not folder.is_symlink())
 
     def sweep(self) -> list[Path]:
         """Clean up what killed processes left; see `files.sweep`."""
-        made = (self.root, self.root / ".cache", self.models, self.students, self.reports, *self.captures.glob("*"))
-        return [path for folder in made for path in sweep(folder)]
+        made = (self.root, self.root / ".cache", self.models, self.students, self.reports, self.comparisons)
+        return [path for folder in (*made, *self.captures.glob("*")) for path in sweep(folder)]
 
     def prepare_dagster(self) -> None:
         """Make the Dagster instance folder; an existing dagster.yaml is the user's and is kept."""

@@ -223,6 +223,16 @@ class TrainingSettings(Spec):
         return self.model_dump(exclude=without)
 
 
+class EvaluationSettings(Spec):
+    """What the held-out figures are made against."""
+
+    dense: bool = Field(
+        False,
+        description="true: the teacher runs once more over the held-out rows, for figures on its whole distribution; "
+        "false: its record alone",
+    )
+
+
 class AutomationSettings(Spec):
     """When Dagster runs by itself. Read when the web UI or daemon starts."""
 
@@ -241,6 +251,7 @@ class Settings(Spec):
     targets: TargetSettings = TargetSettings()
     training: TrainingSettings = TrainingSettings()
     control: bool = Field(True, description="also train the hard-label control student")
+    evaluation: EvaluationSettings = EvaluationSettings()
     automation: AutomationSettings = AutomationSettings()
 
     @field_validator("training")

@@ -1,8 +1,8 @@
 """`distill gc`: removes what nothing of a home refers to, and nothing it did not make.
 
 Captures go when they were superseded, or their shard is gone, and no shard that is still to be captured
-would copy rows from them. Students and reports go once the current ones are there. A student that is
-kept keeps its record of what it learnt from, whether or not those captures are kept.
+would copy rows from them. Students and reports go once the current ones are there, and comparisons with
+them. A student that is kept keeps its record of what it learnt from, whether or not those captures are kept.
 """
 
 import uuid
@@ -33,7 +33,7 @@ from distill_assets.teacher_capture.contents import Needs, contents, is_ours
 @dataclass(frozen=True)
 class Removal:
     """One thing that goes: a capture, unfinished chunks, a failure record, a leftover, a student, a report,
-    or a folder that is empty then.
+    a comparison, or a folder that is empty then.
     """
 
     kind: str
@@ -138,7 +138,8 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
     if pipeline.uncaptured or not all(students.exists(kind) for kind in students.kinds):
         kept.append("students and reports: the current student is not trained yet")
         return
-    current = {home.students: set(students.ids.values())}
+    # A comparison is of students most of which go, and one of those that stay is written again in a second.
+    current: dict[Path, set[str]] = {home.students: set(students.ids.values()), home.comparisons: set()}
     if students.report_exists:
         current[home.reports] = {students.report_id}
     else:

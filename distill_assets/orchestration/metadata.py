@@ -183,6 +183,11 @@ def of_report(folder: Path) -> Metadata:
         for name, estimate in estimates.items()
         if model != TEACHER
     }
+    for closed in record["overall"]["closed"]:
+        if closed["share"] is not None:
+            figures[f"share of the gap closed ({closed['measure']})"] = round(closed["share"]["value"], 4)
+    for model, found in record["calibration"].items():
+        figures[f"{model}: calibration error"] = round(found["ece_share"], 4)
     return {
         "verdict": record["verdict"],
         "held-out positions": record["overall"]["n_positions"],

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.orchestration import compatibility
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.student_evaluation.evaluation import evaluate
+from distill_assets.student_evaluation.per_row import ROWS_FILE
 from distill_assets.student_evaluation.report import (
     HTML_FILE,
     JSON_FILE,
@@ -31,7 +32,7 @@ from distill_assets.student_model.training import train_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_row_keys, read_rows
-from distill_assets.teacher_capture.teacher import release_teacher
+from distill_assets.teacher_capture.teacher import release_teacher, teacher_in_turn
 
 
 class StudentSide:
@@ -121,7 +122,9 @@ class StudentSide:
     @property
     def report_id(self) -> str:
         heldout = [(e.capture.shard, e.capture.version, e.capture.capture_id) for e in self._entries("heldout")]
-        return report_id({str(kind): i for kind, i in self.ids.items()}, heldout)
+        spec = self.pipeline.spec
+        dense = [spec.identity["weights"], spec.dtype] if self.settings.evaluation.dense else None
+        return report_id({str(kind): i for kind, i in self.ids.items()}, heldout, dense)
 
     @property
     def report_folder(self) -> Path:
@@ -199,11 +202,21 @@ class StudentSide:
         heldout = self._entries("heldout")
         width = compatibility.student_head_width(self.settings, self.pipeline.spec, self.pipeline.student_folder)
         rows = {e.capture.shard: fit_rows(read_rows(e.capture.path), self.vocabulary, width)[0] for e in heldout}
-        evaluation = evaluate(rows, models, self.vocabulary, on_progress=on_progress)
+        spec = self.pipeline.spec
+        tokenizer = load_tokenizer(spec.teacher)
+        evaluation = evaluate(
+            rows,
+            models,
+            self.vocabulary,
+            teacher=partial(teacher_in_turn, spec.weights, spec.dtype, device)
+            if self.settings.evaluation.dense
+            else None,
+            end_id=tokenizer.eos_token_id,
+            on_progress=on_progress,
+        )
         curves: dict[str, list[dict[str, Any]]] = {
             kind: [asdict(point) for point in read_student(self.folder(kind)).report.curve] for kind in self.kinds
         }
-        spec = self.pipeline.spec
         origin = self.settings.student.model_dump(exclude_none=True)
         details = ReportDetails(
             report_id=self.report_id,
@@ -212,17 +225,19 @@ class StudentSide:
             student_id=self.ids["student"],
             control_id=self.ids.get("control"),
             heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
+            teacher_weights=spec.identity["weights"],
+            dense=self.settings.evaluation.dense,
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),
         )
-        write_report(evaluation, curves, details, load_tokenizer(spec.teacher), self.report_folder)
+        write_report(evaluation, curves, details, tokenizer, self.report_folder)
 
     # what was found --------------------------------------------------------------------------
 
     def evaluation(self) -> dict[str, Any] | None:
         """report.json of the current report, or None when it was not made, whole."""
         try:
-            if not all((self.report_folder / name).is_file() for name in (HTML_FILE, SUMMARY_FILE)):
+            if not all((self.report_folder / name).is_file() for name in (HTML_FILE, SUMMARY_FILE, ROWS_FILE)):
                 return None
             record: dict[str, Any] = json.loads((self.report_folder / JSON_FILE).read_text(encoding="utf-8"))
             return record if {"verdict", "summary", "overall"} <= record.keys() else None

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
-from distill_assets.student_evaluation.metrics import METRICS
+from distill_assets.student_evaluation.calibration import Calibration, calibration_error
+from distill_assets.student_evaluation.metrics import METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.scoring import PositionScores
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
-TEACHER, STUDENT = "teacher", "student"
+TEACHER, STUDENT, CONTROL, UNTRAINED = "teacher", "student", "control", "untrained"
 MOST_BINS = 8
 FEWEST_IN_BIN = 25  # positions; fewer make an agreement that jumps by 4 points at each of them
 
@@ -26,12 +27,26 @@ Figures = Mapping[str, Estimate | None]
 
 
 @dataclass(frozen=True)
+class GapShare:
+    """How much of the way from the control to the teacher the student went, by one measure in nats.
+
+    `gap_nats` is control minus teacher, `share` (control - student) / gap, from the same replicates:
+    1 is the teacher, 0 the control, below 0 worse than the control. None unless the gap's whole
+    interval lies above zero: a share of a gap that may not be there says nothing.
+    """
+
+    measure: Literal["kl", "nll"]
+    gap_nats: Estimate
+    share: Estimate | None
+
+
+@dataclass(frozen=True)
 class Scope:
     """The figures on some rows: all held-out rows, or those of one shard.
 
-    `models` holds a figure per metric of each model, teacher last; None where the capture cannot
-    tell. `differences` holds student minus that other model, paired (the same rows in each
-    replicate).
+    `models` holds a figure per metric of each model, teacher last; None where nothing can tell.
+    `differences` holds student minus that other model, paired (the same rows in each replicate).
+    `closed` holds shares of the gap between control and teacher, where there is a control.
     """
 
     name: str
@@ -39,27 +54,35 @@ class Scope:
     n_positions: int
     models: Mapping[str, Figures]
     differences: Mapping[str, Mapping[str, Estimate]]
+    closed: tuple[GapShare, ...] = ()
 
 
 @dataclass(frozen=True)
 class EntropyBin:
-    """Agreement of each model where the teacher's entropy lies in [low, high] nats."""
+    """Agreement and KL of each model where the teacher's entropy lies in [low, high] nats.
 
-    low: float
-    high: float
-    mean: float
+    The KL is the dense one where there is one, else that on K + 1 outcomes.
+    """
+
+    low_nats: float
+    high_nats: float
+    mean_nats: float
     n_rows: int
     n_positions: int
-    agreement: Mapping[str, Estimate]
+    agreement_share: Mapping[str, Estimate]
+    kl_nats: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Every supervised position: its row, its slot in that row, and what each model made of it."""
+    """Every supervised position: its row, its slot in that row, and what each model made of it.
 
+    The teacher is among `scores` where its whole distribution was computed again.
+    """
+
+    rows: Sequence[CapturedRow]
     row_N: NDArray[np.int64]
     slot_N: NDArray[np.int64]
-    n_rows: int
     entropy_N: NDArray[np.float64]
     gold_logprob_N: NDArray[np.float64]
     scores: Mapping[str, PositionScores]
@@ -68,59 +91,97 @@ class PositionTable:
     def of(cls, rows: Sequence[CapturedRow], scores: Mapping[str, PositionScores]) -> PositionTable:
         counts = [row.targets.n_positions for row in rows]
         return cls(
+            rows=rows,
             row_N=np.repeat(np.arange(len(rows)), counts),
             slot_N=np.concatenate([np.arange(count) for count in counts]),
-            n_rows=len(rows),
             entropy_N=np.concatenate([row.targets.entropy_P for row in rows]).astype(np.float64),
             gold_logprob_N=np.concatenate([row.targets.gold_logprob_P for row in rows]).astype(np.float64),
             scores=scores,
         )
 
+    @property
+    def is_dense(self) -> bool:
+        return TEACHER in self.scores
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is measured here."""
+        return METRICS if self.is_dense else RECORD_METRICS
+
+    @property
+    def students(self) -> list[str]:
+        """All models but the teacher."""
+        return [name for name in self.scores if name != TEACHER]
+
     def row_sums(self, values_N: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(self.row_N, weights=values_N, minlength=self.n_rows).astype(np.float64, copy=False)
+        return np.bincount(self.row_N, weights=values_N, minlength=len(self.rows)).astype(np.float64, copy=False)
+
+    def columns(self) -> dict[tuple[str, str], NDArray[Any]]:
+        """What each (model, metric) sums over the positions [N]."""
+        values = {
+            (model, m.key): values_N
+            for model, s in self.scores.items()
+            for m in self.metrics
+            if (values_N := getattr(s, m.column)) is not None
+        }
+        if not self.is_dense and np.isfinite(self.gold_logprob_N).all():  # a capture from elsewhere need not have it
+            values[TEACHER, "perplexity"] = -self.gold_logprob_N
+        return values
 
     def scope(self, name: str, rows_R: NDArray[np.bool_]) -> Scope:
         """Figures, differences and intervals on the rows marked."""
-        values = {
-            (model, key): values_N
-            for model, s in self.scores.items()
-            for key, values_N in (
-                ("perplexity", s.nll_N),
-                ("kl", s.kl_N),
-                ("agreement", s.agrees_N),
-                ("acceptance", s.acceptance_N),
-            )
-        }
-        if np.isfinite(self.gold_logprob_N).all():  # a capture from elsewhere need not have it
-            values[TEACHER, "perplexity"] = -self.gold_logprob_N
+        values = self.columns()
         sums = np.stack([self.row_sums(np.ones(len(self.row_N))), *map(self.row_sums, values.values())], axis=1)
         sums = sums[rows_R & (sums[:, 0] > 0)]
-        points, replicates = _figures(sums.sum(0)[None], list(values)), _figures(bootstrap_sums(sums), list(values))
+        totals, drawn = sums.sum(0)[None], bootstrap_sums(sums)
+        points, replicates = figures_of(totals, list(values)), figures_of(drawn, list(values))
         n_rows, n_positions = len(sums), int(sums[:, 0].sum())
 
-        def figure(model: str, key: str) -> Estimate:
-            return estimate(points[model, key][0], replicates[model, key], n_rows)
+        def figure(model: str, metric: Metric) -> Estimate | None:
+            if (model, metric.key) in values:
+                return estimate(points[model, metric.key][0], replicates[model, metric.key], n_rows)
+            return None if metric.ideal is None else Estimate(metric.ideal, None, None)
 
         def difference(other: str, key: str) -> Estimate:
             value = points[STUDENT, key][0] - points[other, key][0]
             return estimate(value, replicates[STUDENT, key] - replicates[other, key], n_rows)
 
-        figures: dict[str, Figures] = {name: {m.key: figure(name, m.key) for m in METRICS} for name in self.scores}
-        figures[TEACHER] = {
-            "perplexity": figure(TEACHER, "perplexity") if (TEACHER, "perplexity") in values else None,
-            "kl": Estimate(0.0, None, None),  # by definition, as are the next two
-            "agreement": Estimate(1.0, None, None),
-            "acceptance": Estimate(1.0, None, None),
-        }
-        others = [other for other in self.scores if other != STUDENT]
-        differences = {other: {m.key: difference(other, m.key) for m in METRICS} for other in others}
-        return Scope(name, n_rows, n_positions, figures, differences)
+        names = [*self.students, TEACHER]
+        others = [other for other in self.students if other != STUDENT]
+        return Scope(
+            name,
+            n_rows,
+            n_positions,
+            models={name: {m.key: figure(name, m) for m in self.metrics} for name in names},
+            differences={other: {m.key: difference(other, m.key) for m in self.metrics} for other in others},
+            closed=gap_shares(points, replicates, n_rows, self.is_dense) if CONTROL in self.scores else (),
+        )
+
+    def calibration(self) -> dict[str, Calibration]:
+        """Of each model that has a temperature, on the half of the rows it was not fitted on."""
+        found = {}
+        for name in [*self.students, *([TEACHER] if self.is_dense else [])]:
+            s = self.scores[name]
+            judged_N = np.isfinite(s.tempered_N)
+            if judged_N.any():
+                found[name] = Calibration(
+                    temperature=s.temperature,
+                    ece_share=calibration_error(s.top_probabilities_NS[judged_N, 0], s.right_N[judged_N]),
+                    tempered_ece_share=calibration_error(s.tempered_N[judged_N], s.right_N[judged_N]),
+                    n_fitted_positions=int((~judged_N).sum()),
+                    n_rows=len(np.unique(self.row_N[judged_N])),
+                    n_positions=int(judged_N.sum()),
+                )
+        return found
 
 
-def _figures(
+Columns = Mapping[tuple[str, str], NDArray[np.float64]]
+
+
+def figures_of(
     sums_SC: NDArray[np.float64], columns: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Each figure [S] from sums whose first column counts positions; perplexity is exp of its mean."""
+    """Each (model, metric) [S] from sums whose first column counts positions; perplexity is exp of its mean."""
     means_SC = sums_SC[:, 1:] / sums_SC[:, :1]
     return {
         (model, key): np.exp(means_SC[:, c]) if key == "perplexity" else means_SC[:, c]
@@ -128,31 +189,56 @@ def _figures(
     }
 
 
+def gap_shares(points: Columns, replicates: Columns, n_rows: int, is_dense: bool) -> tuple[GapShare, ...]:
+    """The share of the gap closed by KL, and by negative log-likelihood where the teacher's is known."""
+    key = "dense_kl_nats" if is_dense else "kl_nats"
+
+    def nats(columns: Columns) -> dict[str, list[NDArray[np.float64]]]:
+        """Control, student and teacher by each measure."""
+        kl = [columns[CONTROL, key], columns[STUDENT, key]]
+        found = {"kl": [*kl, np.zeros_like(kl[0])]}  # the teacher is no distance from itself
+        if (TEACHER, "perplexity") in columns:
+            found["nll"] = [np.log(columns[name, "perplexity"]) for name in (CONTROL, STUDENT, TEACHER)]
+        return found
+
+    shares = []
+    drawn = nats(replicates)
+    for measure, (control, student, teacher) in nats(points).items():
+        control_S, student_S, teacher_S = drawn[measure]
+        gap = estimate((control - teacher)[0], control_S - teacher_S, n_rows)
+        share = None
+        if gap.sign > 0:
+            share_S = (control_S - student_S) / (control_S - teacher_S)
+            share = estimate(((control - student) / (control - teacher))[0], share_S, n_rows)
+        shares.append(GapShare(measure, gap, share))  # type: ignore[arg-type]
+    return tuple(shares)
+
+
 def entropy_bins(table: PositionTable) -> tuple[EntropyBin, ...]:
     """Equally filled bins of the positions whose entropy is known, by rising entropy."""
     known = np.flatnonzero(np.isfinite(table.entropy_N))
     by_entropy = known[np.argsort(table.entropy_N[known], kind="stable")]
     n_bins = min(MOST_BINS, len(by_entropy) // FEWEST_IN_BIN)
+    kl = "dense_kl_N" if table.is_dense else "kl_N"
+    values = {(model, c): getattr(table.scores[model], c) for model in table.students for c in ("agrees_N", kl)}
     bins: list[EntropyBin] = []
     for chosen in np.array_split(by_entropy, n_bins) if n_bins else []:
         in_bin_N = np.zeros(len(table.row_N))
         in_bin_N[chosen] = 1.0
-        agreed = [table.row_sums(in_bin_N * s.agrees_N) for s in table.scores.values()]
-        sums = np.stack([table.row_sums(in_bin_N), *agreed], axis=1)
+        sums = np.stack([table.row_sums(in_bin_N), *(table.row_sums(in_bin_N * v) for v in values.values())], axis=1)
         sums = sums[sums[:, 0] > 0]
-        columns = [(name, "agreement") for name in table.scores]
-        points, replicates = _figures(sums.sum(0)[None], columns), _figures(bootstrap_sums(sums), columns)
+        points, replicates = figures_of(sums.sum(0)[None], list(values)), figures_of(bootstrap_sums(sums), list(values))
+        found = {name: estimate(points[name][0], replicates[name], len(sums)) for name in values}
         entropies = table.entropy_N[chosen]
         bins.append(
             EntropyBin(
-                low=float(entropies[0]),
-                high=float(entropies[-1]),
-                mean=float(entropies.mean()),
+                low_nats=float(entropies[0]),
+                high_nats=float(entropies[-1]),
+                mean_nats=float(entropies.mean()),
                 n_rows=len(sums),
                 n_positions=len(chosen),
-                agreement={
-                    name: estimate(points[name, key][0], replicates[name, key], len(sums)) for name, key in columns
-                },
+                agreement_share={model: found[model, "agrees_N"] for model in table.students},
+                kl_nats={model: found[model, kl] for model in table.students},
             )
         )
     return tuple(bins)

@@ -21,8 +21,8 @@ from PIL import Image
 
 from distill_assets.student_evaluation.bootstrap import Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import STUDENT, TEACHER, Scope
-from distill_assets.student_evaluation.metrics import METRICS, Metric
+from distill_assets.student_evaluation.figures import STUDENT, TEACHER
+from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, RECORD_METRICS, Metric
 
 Curve = Sequence[Mapping[str, Any]]
 
@@ -54,25 +54,36 @@ _PNG_COLOURS = 64  # line drawings need few; a third of the bytes
 
 
 def draw_pictures(evaluation: Evaluation, curves: Mapping[str, Curve]) -> dict[str, bytes]:
-    """PNG bytes by name: `metrics`, `entropy`, `kept_mass`, `loss`.
+    """PNG bytes by name: `dense`, `metrics`, `entropy`, `kept_mass`, `loss`.
 
-    A picture whose data does not exist (no curve, no known entropy) is left out.
+    A picture whose data does not exist (no dense figures, no curve, no known entropy) is left out.
     """
     with rc_context(_STYLE):
-        pictures = {"metrics": draw_metrics(evaluation.overall)}
+        pictures = {"dense": draw_metrics(evaluation.overall.models, DENSE_METRICS)} if evaluation.is_dense else {}
+        pictures["metrics"] = draw_metrics(evaluation.overall.models, RECORD_METRICS)
         if evaluation.entropy_bins:
-            pictures["entropy"] = draw_agreement_by_entropy(evaluation)
+            pictures["entropy"] = draw_by_entropy(evaluation)
         pictures["kept_mass"] = draw_kept_mass(evaluation.kept_mass)
         if any(curves.values()):
             pictures["loss"] = draw_curves(curves)
     return pictures
 
 
-def draw_metrics(scope: Scope) -> bytes:
+def draw_comparison(models: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[Metric]) -> bytes:
+    """`draw_metrics` of students by id, in a style of our own."""
+    with rc_context(_STYLE):
+        return draw_metrics(models, metrics)
+
+
+def draw_metrics(models: Mapping[str, Mapping[str, Estimate | None]], metrics: Sequence[Metric]) -> bytes:
     """A panel a metric, a dot with its 95% interval a model."""
-    figure, axes = _panels(len(METRICS) // 2, 2, height=1.0 + 0.82 * len(scope.models))
-    for ax, metric in zip(axes, METRICS, strict=True):
-        _metric_panel(ax, metric, {name: figures[metric.key] for name, figures in scope.models.items()})
+    rows = (len(metrics) + 1) // 2
+    figure, axes = _panels(rows, 2, height=rows * (0.5 + 0.41 * len(models)))
+    for n, (ax, metric) in enumerate(zip(axes, metrics, strict=False)):
+        _metric_panel(ax, metric, {name: figures[metric.key] for name, figures in models.items()})
+        ax.tick_params(axis="y", labelleft=n % 2 == 0)  # once a row of panels
+    for ax in axes[len(metrics) :]:
+        ax.set_axis_off()
     return _png(figure)
 
 
@@ -103,25 +114,34 @@ def _metric_panel(ax: Axes, metric: Metric, figures: Mapping[str, Estimate | Non
     ax.set_xlabel(f"{unit}{metric.better} is better")
 
 
-def draw_agreement_by_entropy(evaluation: Evaluation) -> bytes:
-    """Top-1 agreement of each model over the teacher's mean entropy in each bin."""
+def draw_by_entropy(evaluation: Evaluation) -> bytes:
+    """Top-1 agreement and KL of each model over the teacher's mean entropy in each bin."""
     bins = evaluation.entropy_bins
-    figure, (ax,) = _panels(1, 1, height=3.0)
-    x = [b.mean for b in bins]
-    for name in bins[0].agreement:
-        estimates = [b.agreement[name] for b in bins]
-        if all(e.low is not None for e in estimates):
-            low, high = ([100 * getattr(e, side) for e in estimates] for side in ("low", "high"))
-            ax.fill_between(x, low, high, color=_colour(name), alpha=0.13, linewidth=0)
-        y = [100 * e.value for e in estimates]
-        ax.plot(x, y, marker=_marker(name), color=_colour(name), markersize=4.5, linewidth=1.6, label=name)
-    ax.set_ylim(0, 100)
-    ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    ax.set_xlabel(f"teacher's entropy, nats ({len(bins)} bins of about {bins[0].n_positions:,} positions)")
-    ax.set_ylabel("same likeliest token\nas the teacher")
-    ax.grid()
-    ax.legend(loc="upper right")
+    figure, (left, right) = _panels(1, 2, height=3.1)
+    x = [b.mean_nats for b in bins]
+    for name in bins[0].agreement_share:
+        _banded_line(left, x, [b.agreement_share[name] for b in bins], name, scale=100)
+        _banded_line(right, x, [b.kl_nats[name] for b in bins], name)
+    left.set_ylim(0, 100)
+    left.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    left.set_title(BY_KEY["agreement_share"].label)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("nats a position")
+    right.set_title(evaluation.kl.label)
+    for ax in (left, right):
+        ax.set_xlabel(f"teacher's entropy, nats\n({len(bins)} bins of about {bins[0].n_positions:,} positions)")
+        ax.grid()
+    left.legend(loc="upper right")
     return _png(figure)
+
+
+def _banded_line(ax: Axes, x: Sequence[float], estimates: Sequence[Estimate], name: str, scale: float = 1) -> None:
+    """Estimates over x, and their intervals as a band where all have one."""
+    if all(e.low is not None for e in estimates):
+        low, high = ([scale * getattr(e, side) for e in estimates] for side in ("low", "high"))
+        ax.fill_between(x, low, high, color=_colour(name), alpha=0.13, linewidth=0)
+    y = [scale * e.value for e in estimates]
+    ax.plot(x, y, marker=_marker(name), color=_colour(name), markersize=4.5, linewidth=1.6, label=name)
 
 
 def draw_kept_mass(kept_mass: Sequence[float]) -> bytes:

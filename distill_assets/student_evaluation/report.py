@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from transformers import PreTrainedTokenizerBase
 
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.student_evaluation.bootstrap import REPLICATES
+from distill_assets.student_evaluation.calibration import N_BINS
+from distill_assets.student_evaluation.completions import Completion
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import TEACHER, Scope
-from distill_assets.student_evaluation.metrics import METRICS
+from distill_assets.student_evaluation.metrics import DENSE_METRICS, RECORD_METRICS, Metric
+from distill_assets.student_evaluation.page import data_uri, template
+from distill_assets.student_evaluation.per_row import ROWS_FILE
 from distill_assets.student_evaluation.samples import Ranked, Sample
 from distill_assets.student_evaluation.wording import (
+    calibration_rows,
     difference_rows,
+    gap_sentences,
     number,
     summary_rows,
     verdict,
@@ -32,7 +33,7 @@ from distill_assets.student_evaluation.wording import (
 if TYPE_CHECKING:
     from distill_assets.student_evaluation.plots import Curve
 
-REPORT_VERSION = 1  # part of a report's identity: raised when figures would come out differently
+REPORT_VERSION = 2  # part of a report's identity: raised when figures would come out differently
 HTML_FILE, JSON_FILE, SUMMARY_FILE = "report.html", "report.json", "summary.md"
 
 
@@ -47,7 +48,10 @@ class Heldout:
 
 @dataclass(frozen=True)
 class ReportDetails:
-    """What was compared. `targets` and `training` are shown as they are, name by name."""
+    """What was compared, and whether against the whole distribution of the teacher.
+
+    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name.
+    """
 
     report_id: str
     teacher: str
@@ -55,6 +59,8 @@ class ReportDetails:
     student_id: str
     control_id: str | None
     heldout: tuple[Heldout, ...]
+    teacher_weights: str
+    dense: bool
     targets: Mapping[str, Any]
     training: Mapping[str, Any]
 
@@ -68,12 +74,20 @@ class ReportFiles:
     pictures: Mapping[str, bytes]
 
 
-def report_id(student_ids: Mapping[str, str], heldout: Sequence[tuple[str, str, str]]) -> str:
+def report_id(student_ids: Mapping[str, str], heldout: Sequence[tuple[str, str, str]], dense: Any) -> str:
     """16 hexadecimal digits: which students (`{"student": id, ...}`) on which held-out captures.
 
-    `heldout` are (shard, version, capture id), in any order.
+    `heldout` are (shard, version, capture id), in any order; `dense` is what the teacher's whole
+    distribution is computed from, None where it is not.
     """
-    return digest({"report": REPORT_VERSION, "students": dict(student_ids), "heldout": sorted(map(list, heldout))})
+    return digest(
+        {
+            "report": REPORT_VERSION,
+            "students": dict(student_ids),
+            "heldout": sorted(map(list, heldout)),
+            "dense": dense,
+        }
+    )
 
 
 def write_report(
@@ -83,7 +97,7 @@ def write_report(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> ReportFiles:
-    """Write report.html, report.json and summary.md into `folder`, which is replaced whole.
+    """Write report.html, report.json, summary.md and rows.parquet into `folder`, which is replaced whole.
 
     `curves` are training curves by model: mappings with `step` and losses such as `ce` and `kd`.
     """
@@ -92,18 +106,22 @@ def write_report(
 
     pictures = draw_pictures(evaluation, curves)
     samples = [describe_sample(sample, tokenizer) for sample in evaluation.samples]
-    page = _template().render(
+    completions = [describe_completion(completion, tokenizer) for completion in evaluation.completions]
+    page = template("report.html.jinja").render(
         evaluation=evaluation,
         details=details,
         verdict=verdict(evaluation),
-        summary=summary_rows(evaluation),
-        differences=difference_rows(evaluation.overall),
-        by_shard=[_shard_rows(scope) for scope in evaluation.shards],
+        parts=_parts(evaluation),
+        calibration=calibration_rows(evaluation),
+        gaps=gap_sentences(evaluation.overall),
+        by_shard=[_shard_rows(scope, evaluation.metrics) for scope in evaluation.shards],
         samples=samples,
-        metrics=METRICS,
+        completions=completions,
+        metrics=evaluation.metrics,
+        n_bins=N_BINS,
         replicates=REPLICATES,
         pictures=[
-            {"name": name, "source": _data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
+            {"name": name, "source": data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
         ],
     )
     record = {
@@ -113,12 +131,14 @@ def write_report(
         "summary": summary_rows(evaluation),
         **evaluation.to_json(),
         "samples": [asdict(sample) | text for sample, text in zip(evaluation.samples, samples, strict=True)],
+        "completions": [asdict(c) | text for c, text in zip(evaluation.completions, completions, strict=True)],
         "curves": {name: list(curve) for name, curve in curves.items()},
     }
     with replacing_folder(folder) as beside:
         write_text(beside / HTML_FILE, page)
         write_json(beside / JSON_FILE, record)
         write_text(beside / SUMMARY_FILE, as_markdown(evaluation, pictures))
+        evaluation.per_row.write(beside / ROWS_FILE)
     return ReportFiles(folder / HTML_FILE, folder / JSON_FILE, pictures)
 
 
@@ -127,20 +147,52 @@ def as_markdown(evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
     scope = evaluation.overall
     parts = [
         f"**{verdict(evaluation)}**",
-        _markdown_table(summary_rows(evaluation)),
-        *([_markdown_table(difference_rows(scope))] if scope.differences else []),
-        f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. KL and acceptance on the kept ids and "
-        "one bucket for the rest.",
+        *(
+            _markdown_table(rows)
+            for part in _parts(evaluation)
+            for rows in (part["figures"], part["differences"])
+            if rows
+        ),
+        f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. What is not called dense is on the kept "
+        "ids and one bucket for the rest.",
+        *gap_sentences(scope),
     ]
     for name, png in pictures.items():
         caption = _captions(evaluation)[name]
-        parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({_data_uri(png)})")
+        parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({data_uri(png)})")
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _parts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What is told of the models, and the differences, from the record and against the whole distribution."""
+    scope = evaluation.overall
+    record = {
+        "title": "From the record",
+        "figures": summary_rows(evaluation, RECORD_METRICS),
+        "differences": difference_rows(scope, RECORD_METRICS),
+        "metrics": RECORD_METRICS,
+        "note": "What can be told without the teacher: its record keeps some ids of a position, and the rest as one. "
+        + (
+            "The teacher's row is what it makes of its own record, computed again: what rounding and the machine "
+            "account for."
+            if evaluation.is_dense
+            else "The teacher's own figures come from its record: its KL, agreement and acceptance are what they are "
+            "by definition."
+        ),
+    }
+    dense = {
+        "title": "Against the teacher's whole distribution",
+        "figures": summary_rows(evaluation, DENSE_METRICS) if evaluation.is_dense else [],
+        "differences": difference_rows(scope, DENSE_METRICS) if evaluation.is_dense else [],
+        "metrics": DENSE_METRICS,
+        "note": "The teacher was run again over these rows. Its own figures are what they are by definition.",
+    }
+    return [dense, record] if evaluation.is_dense else [record]
 
 
 def _size(scope: Scope) -> str:
@@ -155,16 +207,23 @@ def _captions(evaluation: Evaluation) -> dict[str, dict[str, str]]:
     k = len(evaluation.kept_mass)
     last = number(100 * evaluation.kept_mass[-1], 1)
     return {
+        "dense": {
+            "title": "Figures against the whole distribution",
+            "caption": f"Each model's figure and 95% interval, on {_size(scope)}.",
+            "alt": f"Four panels with a dot and interval each for {models}; the same figures as in the table.",
+        },
         "metrics": {
-            "title": "Figures with their intervals",
+            "title": "Figures from the record",
             "caption": f"Each model's figure and 95% interval, on {_size(scope)}.",
             "alt": f"Four panels with a dot and interval each for {models}; the same figures as in the table.",
         },
         "entropy": {
-            "title": "Agreement where the teacher is sure, and where it is not",
-            "caption": "Share of positions at which a model's likeliest token is the teacher's, in bins of the "
-            f"teacher's entropy, with 95% bands; {binned:,} positions, equally many a bin.",
-            "alt": "Lines of top-1 agreement in percent over the teacher's entropy in nats, one line a model.",
+            "title": "Where the teacher is sure, and where it is not",
+            "caption": "Share of positions at which a model's likeliest token is the teacher's, and mean "
+            f"{evaluation.kl.label}, in bins of the teacher's entropy, with 95% bands; {binned:,} positions, equally "
+            "many a bin.",
+            "alt": "Lines of top-1 agreement in percent, and of KL in nats, over the teacher's entropy in nats, one "
+            "line a model.",
         },
         "kept_mass": {
             "title": "What the record kept of the teacher",
@@ -180,11 +239,11 @@ def _captions(evaluation: Evaluation) -> dict[str, dict[str, str]]:
     }
 
 
-def _shard_rows(scope: Scope) -> dict[str, Any]:
+def _shard_rows(scope: Scope, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         "scope": scope,
         "rows": [
-            [name, *[write_estimate(m, figures[m.key]) for m in METRICS]]
+            [name, *[write_estimate(m, figures[m.key]) for m in metrics]]
             for name, figures in scope.models.items()
             if name != TEACHER or figures["perplexity"] is not None
         ],
@@ -204,6 +263,19 @@ def describe_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
     }
 
 
+def describe_completion(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The texts of a completion: `prompt`, `gold`, and `written` by model."""
+
+    def text(ids: Sequence[int]) -> str:
+        return visible(tokenizer.decode(list(ids)))
+
+    return {
+        "prompt": ("…" if completion.prompt_is_cut else "") + text(completion.prompt_ids),
+        "gold": text(completion.gold_ids),
+        "written": {name: text(ids) for name, ids in completion.written_ids.items()},
+    }
+
+
 def visible(text: str | list[str], spaces: bool = False) -> str:
     """Text with line breaks, tabs and unprintable characters written out, on request spaces too."""
     out = []
@@ -218,17 +290,3 @@ def visible(text: str | list[str], spaces: bool = False) -> str:
 
 
 _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "\\r", " ": "␣"}
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    source = files("distill_assets.student_evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda share: number(100 * share, 1) + "%"
-    environment.filters["shown"] = lambda value: value if isinstance(value, str) else json.dumps(value)
-    environment.filters["number"] = number
-    return environment.from_string(source)

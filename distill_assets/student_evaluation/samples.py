@@ -21,7 +21,7 @@ Ranked = tuple[tuple[int, float], ...]  # (id, probability), likeliest first
 class Sample:
     """One position: the end of its context, the token that came, and what each model expected.
 
-    `entropy` is the teacher's, in nats; None when the capture does not know it.
+    `entropy_nats` is the teacher's; None when the capture does not know it.
     """
 
     shard: str
@@ -31,7 +31,7 @@ class Sample:
     context_ids: tuple[int, ...]
     context_is_cut: bool
     gold_id: int
-    entropy: float | None
+    entropy_nats: float | None
     expected: Mapping[str, Ranked]
 
 
@@ -67,10 +67,14 @@ def make_sample(shard: str, row: CapturedRow, slot: int, n: int, scores: Mapping
         context_ids=tuple(int(i) for i in row.input_ids[start : position + 1]),
         context_is_cut=start > 0,
         gold_id=int(row.input_ids[position + 1]),
-        entropy=entropy if np.isfinite(entropy) else None,
+        entropy_nats=entropy if np.isfinite(entropy) else None,
         expected={
             "teacher": _ranked(targets.support_ids_N[kept], np.exp(targets.support_logprobs_N[kept])),
-            **{name: _ranked(s.top_ids_NS[n], s.top_probabilities_NS[n]) for name, s in scores.items()},
+            **{
+                name: _ranked(s.top_ids_NS[n], s.top_probabilities_NS[n])
+                for name, s in scores.items()
+                if name != "teacher"  # what the record holds of it is shown
+            },
         },
     )
 

@@ -1,4 +1,4 @@
-"""Reports on disk: are all three files of each there, whole, and of this very report?"""
+"""Reports on disk: are all four files of each there, whole, and of this very report?"""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill_assets.foundation.errors import UnreadableFile
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.student_evaluation.per_row import ROWS_FILE, RowSums
 from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
 
-FILES = (HTML_FILE, JSON_FILE, SUMMARY_FILE)
+FILES = (HTML_FILE, JSON_FILE, SUMMARY_FILE, ROWS_FILE)
 AGAIN = "delete the folder, then `distill run` writes it again if it is still wanted"
 
 
@@ -26,7 +28,7 @@ def verify_reports(reports: Path, on_file: FileListener) -> Iterator[Problem]:
             on_file(folder / name)
         try:
             named = _report_id(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UnreadableFile) as error:
             yield Problem("damaged", folder, f"not whole ({error}); {AGAIN}")
             continue
         if named != folder.name:
@@ -40,6 +42,7 @@ def _report_id(folder: Path) -> str:
         raise ValueError(f"{page.name} ends early")
     if not summary.read_text(encoding="utf-8").strip():
         raise ValueError(f"{summary.name} is empty")
+    RowSums.read(folder / ROWS_FILE)
     record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
     if lacking := sorted({"verdict", "summary", "overall"} - set(record)):
         raise ValueError(f"{JSON_FILE} lacks {lacking[0]}")

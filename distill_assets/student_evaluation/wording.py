@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from distill_assets.student_evaluation.bootstrap import FEWEST_ROWS, Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import STUDENT, Scope
-from distill_assets.student_evaluation.metrics import METRICS, Metric
+from distill_assets.student_evaluation.figures import STUDENT, GapShare, Scope
+from distill_assets.student_evaluation.metrics import Metric
 
 NOTHING = "–"
 MINUS = "−"
@@ -50,13 +51,13 @@ def verdict(evaluation: Evaluation) -> str:
     It follows the paired 95% interval of the KL difference: only an interval on one side of zero
     says that there is a difference.
     """
-    scope, rival, kl = evaluation.overall, evaluation.rival, next(m for m in METRICS if m.key == "kl")
-    student_kl = scope.models[STUDENT]["kl"]
+    scope, rival, kl = evaluation.overall, evaluation.rival, evaluation.kl
+    student_kl = scope.models[STUDENT][kl.key]
     assert student_kl is not None
     if rival is None:
         return f"Nothing to compare the student with: its KL from the teacher is {write_estimate(kl, student_kl)} nats."
     other = "the control" if rival == "control" else "the untrained student"
-    rival_kl, difference = scope.models[rival]["kl"], scope.differences[rival]["kl"]
+    rival_kl, difference = scope.models[rival][kl.key], scope.differences[rival][kl.key]
     assert rival_kl is not None
     values = (
         f"KL {number(student_kl.value, _decimals(student_kl.value))} against "
@@ -82,13 +83,13 @@ def column(metric: Metric, difference: bool = False) -> str:
     return f"{metric.label} ({unit})" if unit else metric.label
 
 
-def summary_rows(evaluation: Evaluation) -> list[dict[str, str]]:
-    """One row a model, ready to print; column headings are the keys, intervals are 95%."""
+def summary_rows(evaluation: Evaluation, metrics: Sequence[Metric] | None = None) -> list[dict[str, str]]:
+    """One row a model, ready to print; column headings are the keys, intervals are 95%. All metrics unless named."""
     scope = evaluation.overall
     return [
         {
             "model": name,
-            **{column(m): write_estimate(m, figures[m.key]) for m in METRICS},
+            **{column(m): write_estimate(m, figures[m.key]) for m in metrics or evaluation.metrics},
             "positions": f"{scope.n_positions:,}",
             "rows": f"{scope.n_rows:,}",
         }
@@ -96,12 +97,53 @@ def summary_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     ]
 
 
-def difference_rows(scope: Scope) -> list[dict[str, str]]:
+def difference_rows(scope: Scope, metrics: Sequence[Metric]) -> list[dict[str, str]]:
     """One row a comparison: student minus another model, shares in percentage points."""
     return [
         {
             "difference": f"{STUDENT} {MINUS} {other}",
-            **{column(m, difference=True): write_estimate(m, d[m.key], signed=True) for m in METRICS},
+            **{column(m, difference=True): write_estimate(m, d[m.key], signed=True) for m in metrics},
         }
         for other, d in scope.differences.items()
     ]
+
+
+def calibration_rows(evaluation: Evaluation) -> list[dict[str, str]]:
+    """One row a model that has a calibration: errors in percent, and the temperature between them."""
+    return [
+        {
+            "model": name,
+            "ECE (%)": number(100 * c.ece_share, 1),
+            "Temperature": number(c.temperature, 2),
+            "ECE with it (%)": number(100 * c.tempered_ece_share, 1),
+            "positions": f"{c.n_positions:,}",
+            "rows": f"{c.n_rows:,}",
+        }
+        for name, c in evaluation.calibration.items()
+    ]
+
+
+def gap_sentences(scope: Scope) -> list[str]:
+    """A sentence a measure: how much of the way from the control to the teacher the student went."""
+    return [_gap_sentence(closed) for closed in scope.closed]
+
+
+def _gap_sentence(closed: GapShare) -> str:
+    what = {"kl": "KL from the teacher", "nll": "negative log-likelihood of the next token"}[closed.measure]
+    gap = _with_interval(closed.gap_nats, 1, 3)
+    if closed.share is None:
+        return (
+            f"By {what}: no share is given, because the control is not shown to be worse than the teacher "
+            f"(control {MINUS} teacher: {gap} nats)."
+        )
+    return (
+        f"By {what}: the student closes {_with_interval(closed.share, 100, 1)}% of the way from the control to the "
+        f"teacher, which is {gap} nats long."
+    )
+
+
+def _with_interval(figure: Estimate, scale: float, decimals: int) -> str:
+    value = number(figure.value * scale, decimals)
+    if figure.low is None or figure.high is None:
+        return value
+    return f"{value} [{number(figure.low * scale, decimals)}, {number(figure.high * scale, decimals)}]"

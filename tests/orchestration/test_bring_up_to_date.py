@@ -241,7 +241,7 @@ def test_without_a_control(fresh: Path) -> None:
     report = run(fresh)
     assert report.control_id is None
     told = report.to_json()
-    assert told["evaluation"]["models"]["student"]["kl"]["value"] > 0 and "summary" not in told
+    assert told["evaluation"]["models"]["student"]["kl_nats"]["value"] > 0 and "summary" not in told
     assert {a.asset: a.state for a in home_status(Pipeline(Home(fresh))).assets}["control_student"] == "off"
 
 

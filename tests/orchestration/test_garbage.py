@@ -82,6 +82,7 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
     notes.parent.mkdir()
     notes.write_text("kept")
     (home.captures / "table.parquet").write_bytes(b"mine")
+    (home.comparisons / ("a" * 16)).mkdir(parents=True)
     dry = collect_garbage(home, dry_run=True)
     assert files(home) - before == {"students/notes/mine.txt", "captures/table.parquet"} and not before - files(home)
 
@@ -89,7 +90,14 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
     assert report.removed == dry.removed and report.kept == ()
     kinds = [kind for kind, _ in removed(report)]
     # The control is the same whatever the targets, but its rows changed.
-    assert {k: kinds.count(k) for k in set(kinds)} == {"capture": 4, "folder": 1, "student": 2, "report": 1}
+    assert {k: kinds.count(k) for k in set(kinds)} == {
+        "capture": 4,
+        "folder": 1,
+        "student": 2,
+        "report": 1,
+        "comparison": 1,
+    }
+    assert not list(home.comparisons.iterdir())
     gone = before - files(home)
     assert sum(r.bytes for r in report.removed) == report.bytes > 0
     assert not old_captures.exists() and notes.read_text() == "kept" and (home.captures / "table.parquet").exists()

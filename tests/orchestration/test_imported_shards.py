@@ -139,7 +139,7 @@ def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_pat
     report = run(home)
     assert report.evaluation is not None and report.captured_shards == ["s0"]
     assert report.evaluation["models"]["teacher"]["perplexity"] is None
-    assert report.evaluation["models"]["student"]["kl"]["value"] > 0
+    assert report.evaluation["models"]["student"]["kl_nats"]["value"] > 0
     text = (Path(str(report.report)).parent / "report.json").read_text()
     assert "NaN" not in text and "teacher's entropy" not in Path(str(report.report)).read_text()
     query = "SELECT count(*), count(mean_entropy), count(teacher_perplexity) FROM examples WHERE shard = 'heldout'"

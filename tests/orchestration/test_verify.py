@@ -73,8 +73,8 @@ def test_a_home_with_history_has_no_problem(home: Home) -> None:
     steps = []
     report = verify(home, steps.append)
     assert report.problems == ()
-    # Five captures, the catalog, the verdict, two pairs of students (record and weights), two reports of three.
-    assert report.files == 4 + 1 + 1 + 4 * 2 + 2 * 3
+    # Five captures, the catalog, the verdict, two pairs of students (record and weights), two reports of four.
+    assert report.files == 4 + 1 + 1 + 4 * 2 + 2 * 4
     assert len(steps) == report.files and all(step.done <= step.total for step in steps)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.student_evaluation.evaluation import Evaluation, evaluate
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.teacher import Teacher
 from tests import tiny
 from tests.student_evaluation.capturing import random_rows
 
@@ -59,13 +62,30 @@ def rows_by_shard(teacher: PreTrainedModel, n_real: int) -> dict[str, list[Captu
 
 
 @pytest.fixture(scope="session")
-def evaluation(
-    rows_by_shard: dict[str, list[CapturedRow]], teacher_folder: Path, stranger: PreTrainedModel, n_real: int
-) -> Evaluation:
-    """A good student, a worse control and an untrained stranger on two held-out shards."""
-    models = {
+def models(teacher_folder: Path, stranger: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
+    """A good student, a worse control and an untrained stranger."""
+    return {
         "untrained": lambda: stranger,
         "student": lambda: blurred(teacher_folder, 0.03),
         "control": lambda: blurred(teacher_folder, 0.12),
     }
+
+
+@pytest.fixture(scope="session")
+def evaluation(
+    rows_by_shard: dict[str, list[CapturedRow]], models: dict[str, Callable[[], PreTrainedModel]], n_real: int
+) -> Evaluation:
+    """These models on two held-out shards, by the record alone."""
     return evaluate(rows_by_shard, models, StudentVocabulary(n_real))
+
+
+@pytest.fixture(scope="session")
+def dense_evaluation(
+    rows_by_shard: dict[str, list[CapturedRow]],
+    teacher: PreTrainedModel,
+    models: dict[str, Callable[[], PreTrainedModel]],
+    n_real: int,
+) -> Evaluation:
+    """The same with the teacher's whole distribution."""
+    lent = nullcontext(Teacher(teacher, n_real, torch.tensor([], dtype=torch.int64)))
+    return evaluate(rows_by_shard, models, StudentVocabulary(n_real), teacher=lambda: lent)

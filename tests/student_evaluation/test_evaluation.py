@@ -36,9 +36,9 @@ def test_figures_are_means_over_positions(
         scores = score_model(model, rows, StudentVocabulary(n_real))
         figures = {key: e.value for key, e in scope.models["student"].items() if e is not None}
         assert figures["perplexity"] == pytest.approx(np.exp(scores.nll_N.mean()))
-        assert figures["kl"] == pytest.approx(scores.kl_N.mean())
-        assert figures["agreement"] == pytest.approx(scores.agrees_N.mean())
-        assert figures["acceptance"] == pytest.approx(scores.acceptance_N.mean())
+        assert figures["kl_nats"] == pytest.approx(scores.kl_N.mean())
+        assert figures["agreement_share"] == pytest.approx(scores.agrees_N.mean())
+        assert figures["acceptance_share"] == pytest.approx(scores.acceptance_N.mean())
         assert (scope.n_rows, scope.n_positions) == (len(rows), len(scores.kl_N))
     assert [scope.name for scope in evaluation.shards] == list(rows_by_shard)
 
@@ -54,7 +54,7 @@ def test_intervals_hold_their_figure_and_differences_are_paired(evaluation: Eval
             ours, theirs = models["student"][key], models[other][key]
             assert ours is not None and theirs is not None
             assert d.value == pytest.approx(ours.value - theirs.value)
-    student, control, d = models["student"]["kl"], models["control"]["kl"], differences["control"]["kl"]
+    student, control, d = models["student"]["kl_nats"], models["control"]["kl_nats"], differences["control"]["kl_nats"]
     widths = [e.high - e.low for e in (student, control, d)]  # type: ignore[union-attr,operator]
     assert widths[2] < np.hypot(widths[0], widths[1])  # what independent samples would give
 
@@ -64,7 +64,7 @@ def test_the_teacher_is_read_from_the_capture(evaluation: Evaluation, rows_by_sh
     figures = evaluation.overall.models["teacher"]
     assert figures["perplexity"] is not None and figures["perplexity"].value == pytest.approx(np.exp(-gold.mean()))
     assert figures["perplexity"].low is not None
-    assert [(e.value, e.low) for key in ("kl", "agreement", "acceptance") if (e := figures[key])] == [
+    assert [(e.value, e.low) for key in ("kl_nats", "agreement_share", "acceptance_share") if (e := figures[key])] == [
         (0.0, None),
         (1.0, None),
         (1.0, None),
@@ -115,10 +115,10 @@ def test_entropy_bins_split_all_positions(evaluation: Evaluation, rows_by_shard:
     for b in bins:
         part = entropy[start : start + b.n_positions]
         start += b.n_positions
-        assert (b.low, b.high) == (pytest.approx(part[0]), pytest.approx(part[-1]))
-        assert b.mean == pytest.approx(part.mean(), rel=1e-5)
-    overall = evaluation.overall.models["student"]["agreement"]
-    weighted = sum(b.agreement["student"].value * b.n_positions for b in bins) / len(entropy)
+        assert (b.low_nats, b.high_nats) == (pytest.approx(part[0]), pytest.approx(part[-1]))
+        assert b.mean_nats == pytest.approx(part.mean(), rel=1e-5)
+    overall = evaluation.overall.models["student"]["agreement_share"]
+    weighted = sum(b.agreement_share["student"].value * b.n_positions for b in bins) / len(entropy)
     assert overall is not None and weighted == pytest.approx(overall.value)
 
 
@@ -157,7 +157,7 @@ def test_a_capture_without_gold_and_entropy(teacher: PreTrainedModel, n_real: in
     evaluation = evaluate({"imported": rows}, {"student": lambda: teacher}, StudentVocabulary(n_real))
     assert evaluation.overall.models["teacher"]["perplexity"] is None
     assert evaluation.entropy_bins == ()
-    assert {s.entropy for s in evaluation.samples} == {None}
+    assert {s.entropy_nats for s in evaluation.samples} == {None}
     json.dumps(evaluation.to_json(), allow_nan=False)
 
 
@@ -177,7 +177,7 @@ def test_positions_that_say_nothing_are_not_counted(teacher: PreTrainedModel, n_
     models, vocabulary = {"student": lambda: teacher}, StudentVocabulary(n_real)
     with_nothing, without = (evaluate({"heldout": [row]}, models, vocabulary).overall for row in (emptied, only_first))
     assert with_nothing.n_positions == 1
-    assert with_nothing.models["student"]["kl"] == without.models["student"]["kl"]
+    assert with_nothing.models["student"]["kl_nats"] == without.models["student"]["kl_nats"]
 
 
 def test_rows_without_positions_are_not_counted(teacher: PreTrainedModel, n_real: int) -> None:
@@ -209,7 +209,7 @@ def test_json_and_repeatability(
     evaluation: Evaluation, rows_by_shard: Shards, teacher_folder: Path, stranger: PreTrainedModel, n_real: int
 ) -> None:
     text = json.dumps(evaluation.to_json(), allow_nan=False)
-    assert json.loads(text)["overall"]["models"]["student"]["kl"].keys() == {"value", "low", "high"}
+    assert json.loads(text)["overall"]["models"]["student"]["kl_nats"].keys() == {"value", "low", "high"}
     models = {
         "untrained": lambda: stranger,
         "student": lambda: blurred(teacher_folder, 0.03),

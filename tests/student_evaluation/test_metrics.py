@@ -61,5 +61,5 @@ def test_merging_the_tail_lowers_kl_and_raises_acceptance() -> None:
 
 def test_the_bounds_are_stated_where_the_figures_are_explained() -> None:
     meaning = {m.key: m.meaning for m in METRICS}
-    assert "K + 1 outcomes" in meaning["kl"] and "lower bound" in meaning["kl"]
-    assert "K + 1 outcomes" in meaning["acceptance"] and "upper bound" in meaning["acceptance"]
+    assert "K + 1 outcomes" in meaning["kl_nats"] and "lower bound" in meaning["kl_nats"]
+    assert "K + 1 outcomes" in meaning["acceptance_share"] and "upper bound" in meaning["acceptance_share"]

@@ -34,6 +34,8 @@ DETAILS = ReportDetails(
     student_id="aaaa000011112222",
     control_id="bbbb000011112222",
     heldout=(Heldout("heldout-a", "ab" * 32, "cccc000011112222"), Heldout("heldout-b", "cd" * 32, "cccc000011112222")),
+    teacher_weights="ee" * 32,
+    dense=False,
     targets={"kind": "top_k", "k": 8},
     training={"steps": 120, "learning_rate": 0.001},
 )
@@ -137,8 +139,8 @@ def test_json_holds_the_figures_and_texts(
     record = json.loads(written.json.read_text(encoding="utf-8"))
     assert record["verdict"] == verdict(evaluation)
     assert record["outcome"] == "closer"
-    kl = evaluation.overall.models["student"]["kl"]
-    assert kl is not None and record["overall"]["models"]["student"]["kl"]["value"] == kl.value
+    kl = evaluation.overall.models["student"]["kl_nats"]
+    assert kl is not None and record["overall"]["models"]["student"]["kl_nats"]["value"] == kl.value
     assert record["details"]["heldout"][0]["shard"] == "heldout-a"
     assert record["curves"]["student"][-1]["step"] == 8
     for sample, told in zip(evaluation.samples, record["samples"], strict=True):
@@ -153,7 +155,12 @@ def test_replaces_the_folder_and_repeats_byte_for_byte(
     (written.html.parent / "left-over.txt").write_text("old", encoding="utf-8")
     again = write_report(evaluation, CURVES, DETAILS, tokenizer, written.html.parent)
     assert (again.html.read_bytes(), again.json.read_bytes()) == before
-    assert sorted(f.name for f in again.html.parent.iterdir()) == ["report.html", "report.json", "summary.md"]
+    assert sorted(f.name for f in again.html.parent.iterdir()) == [
+        "report.html",
+        "report.json",
+        "rows.parquet",
+        "summary.md",
+    ]
     assert [f.name for f in again.html.parent.parent.iterdir()] == ["report"]
 
 
@@ -194,17 +201,18 @@ def test_markdown_is_pure_and_small(evaluation: Evaluation) -> None:
 def test_report_id_is_content() -> None:
     students = {"student": "a" * 16, "control": "b" * 16}
     heldout = [("h1", "v1", "c"), ("h2", "v2", "c")]
-    made = report_id(students, heldout)
+    made = report_id(students, heldout, None)
     assert re.fullmatch(r"[0-9a-f]{16}", made)
-    assert report_id(dict(reversed(students.items())), heldout[::-1]) == made
+    assert report_id(dict(reversed(students.items())), heldout[::-1], None) == made
     others = [
-        report_id({"student": "b" * 16, "control": "a" * 16}, heldout),
-        report_id({"student": "a" * 16}, heldout),
-        report_id(students, heldout[:1]),
-        report_id(students, [("h1", "v2", "c"), ("h2", "v1", "c")]),
-        report_id(students, [("h1", "v1", "d"), ("h2", "v2", "c")]),
+        report_id({"student": "b" * 16, "control": "a" * 16}, heldout, None),
+        report_id({"student": "a" * 16}, heldout, None),
+        report_id(students, heldout[:1], None),
+        report_id(students, [("h1", "v2", "c"), ("h2", "v1", "c")], None),
+        report_id(students, [("h1", "v1", "d"), ("h2", "v2", "c")], None),
+        report_id(students, heldout, ["weights", "float32"]),
     ]
-    assert len({made, *others}) == 6
+    assert len({made, *others}) == 7
 
 
 @pytest.mark.parametrize(

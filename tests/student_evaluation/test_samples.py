@@ -42,7 +42,7 @@ def test_a_sample_shows_the_right_position(
         assert list(sample.context_ids) == ids[: sample.position + 1][-CONTEXT_TOKENS:]
         assert sample.context_is_cut == (sample.position + 1 > CONTEXT_TOKENS)
         logp = dense_logprobs(teacher, row.input_ids, n_real)[sample.position]
-        assert sample.entropy == pytest.approx(-(np.exp(logp) * logp).sum(), rel=1e-4)
+        assert sample.entropy_nats == pytest.approx(-(np.exp(logp) * logp).sum(), rel=1e-4)
         for i, p in sample.expected["teacher"]:
             assert p == pytest.approx(np.exp(logp[i]), rel=1e-3)
         assert list(sample.expected) == ["teacher", "untrained", "student", "control"]

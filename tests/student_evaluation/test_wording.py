@@ -9,7 +9,7 @@ import pytest
 from distill_assets.student_evaluation.bootstrap import Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import Scope
-from distill_assets.student_evaluation.metrics import METRICS
+from distill_assets.student_evaluation.metrics import RECORD_METRICS
 from distill_assets.student_evaluation.wording import (
     difference_rows,
     number,
@@ -18,7 +18,7 @@ from distill_assets.student_evaluation.wording import (
     write_estimate,
 )
 
-PERPLEXITY, KL, AGREEMENT, _ = METRICS
+PERPLEXITY, KL, AGREEMENT, _ = RECORD_METRICS
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_estimate(metric: type, figure: Estimate | None, signed: bool, text: str
 def judged(evaluation: Evaluation, low: float | None, high: float | None) -> str:
     """The verdict of an evaluation whose KLs are 2.15 and 2.63 and whose interval is given."""
     kls = {"student": 2.15, "control": 2.63}
-    models = {name: {"kl": Estimate(kl, None, None)} for name, kl in kls.items()}
-    scope = Scope("all", 4, 90, models, {"control": {"kl": Estimate(-0.48, low, high)}})
+    models = {name: {"kl_nats": Estimate(kl, None, None)} for name, kl in kls.items()}
+    scope = Scope("all", 4, 90, models, {"control": {"kl_nats": Estimate(-0.48, low, high)}})
     return verdict(replace(evaluation, overall=scope))
 
 
@@ -95,7 +95,7 @@ def test_tables(evaluation: Evaluation) -> None:
     assert rows[3]["KL from teacher (nats a position)"] == "0"
     assert rows[3]["Top-1 agreement (% of positions)"] == "100.0"
     assert {row["rows"] for row in rows} == {"30"}
-    differences = difference_rows(evaluation.overall)
+    differences = difference_rows(evaluation.overall, RECORD_METRICS)
     assert [row["difference"] for row in differences] == ["student − untrained", "student − control"]
     assert differences[1]["KL from teacher (nats a position)"].startswith("−")
     assert differences[1]["Top-1 agreement (percentage points)"].startswith("+")
