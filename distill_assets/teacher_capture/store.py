@@ -101,7 +101,19 @@ class Capture:
 
 
 def read_capture(path: Path) -> Capture:
-    """Read a capture file's footer; CaptureError when it is damaged or not one of ours."""
+    """Read a capture file's footer; CaptureError when it is damaged or not one of ours.
+
+    Read once a process for each state of the file: sensors ask for thousands every few seconds.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CaptureError(f"{path}: damaged or unreadable ({error}); `distill run` makes it again") from error
+    return _read_capture(path, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Capture:
     try:
         metadata = (pq.read_metadata(path).metadata or {}).get(FOOTER)
         if metadata is None:
@@ -112,7 +124,7 @@ def read_capture(path: Path) -> Capture:
             capture_id=footer["capture_id"],
             shard=footer["shard"],
             version=footer["version"],
-            bytes=path.stat().st_size,
+            bytes=size,
             stats=CaptureStats(**footer["stats"]),
             identity=footer["identity"],
             teacher=footer["teacher"],

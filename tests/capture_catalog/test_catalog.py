@@ -268,7 +268,9 @@ def test_differences_from_the_store_are_found(bench: Bench) -> None:
     [problem] = compare_with_store(bench.home.catalog, captures(entries[1:]))
     assert "is listed, but its capture is not in the store" in problem
     connection = duckdb.connect(bench.home.catalog)
-    connection.execute("DELETE FROM capture_examples USING capture_files WHERE capture = number AND shard = 's0' AND row = 0")
+    connection.execute(
+        "DELETE FROM capture_examples USING capture_files WHERE capture = number AND shard = 's0' AND row = 0"
+    )
     connection.close()
     assert compare_with_store(bench.home.catalog, captures(entries)) == [
         "shard s0: 6 rows in the file, 6 in captures, 5 in examples"
