@@ -25,7 +25,6 @@ from distill_assets.foundation.files import disk_problem, replacing
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
-
 HISTORY = "history"  # role of a capture that is not current
 
 
