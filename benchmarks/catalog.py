@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from workload import BenchHome, Row, arguments, random_model, scratch, show
+from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, show
 
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, refresh_catalog
 from distill_assets.teacher_capture.capture import capture_shard
-from distill_assets.teacher_capture.store import Capture, read_capture
+from distill_assets.teacher_capture.store import Capture
 
 VOCABULARY = 512
 REPEATS = 5
@@ -46,22 +45,8 @@ def main() -> None:
 
 def named(home: BenchHome, first: Capture, number: int, edition: int) -> Capture:
     """The first capture as another shard, or another edition of one."""
-    shard, table = f"s{number}", pq.read_table(first.path)
-    version = hashlib.sha256(f"{shard} {edition}".encode()).hexdigest()
-    keys = [hashlib.md5(f"{version} {key}".encode()).hexdigest() for key in table["key"].to_pylist()]
-    table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), pa.array(keys))
-    footer = {
-        "capture_id": first.capture_id,
-        "shard": shard,
-        "version": version,
-        "identity": first.identity,
-        "teacher": first.teacher,
-        "created": first.created,
-    }
-    with home.store.publishing(first.capture_id, shard, version, home.spec.targets) as file:
-        file.append(table)
-        file.describe(footer, first.stats)
-    return read_capture(home.store.path_of(first.capture_id, shard, version))
+    shard = f"s{number}"
+    return as_shard(home, first, shard, hashlib.sha256(f"{shard} {edition}".encode()).hexdigest())
 
 
 def measure(home: BenchHome, captures: list[Capture]) -> list[dict[str, Any]]:
