@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -338,3 +339,14 @@ def test_the_views_join_files_of_different_kinds(tmp_path: Path, teacher_folder:
     ]  # fmt: skip
     assert means[2][1] == pytest.approx(1.0)  # counts / samples
     assert [n for _, n in ask(bench, "SELECT shard, count(*) FROM examples GROUP BY shard")] == [6] * 4
+
+
+def test_the_readmes_queries_run(bench: Bench) -> None:
+    refresh(bench, capture_all(bench))
+    queries = re.findall(
+        r'distill sql "([^"]*)"', (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    )
+    assert len(queries) >= 6
+    for query in queries:
+        if query != "SELECT ...":
+            run_query(bench.home.catalog, bench.home.captures, query)
