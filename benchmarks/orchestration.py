@@ -19,6 +19,7 @@ from typing import Any
 import dagster as dg
 from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, show
 
+from distill_assets.definitions import defs
 from distill_assets.foundation.settings import AutomationSettings
 from distill_assets.orchestration.automation import shard_watcher
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
@@ -74,7 +75,6 @@ def measure(home: BenchHome, draw: random.Random) -> list[dict[str, Any]]:
 
 def overhead(home: BenchHome, draw: random.Random) -> float:
     """Seconds that one more changed shard takes, less what its capture took."""
-    from distill_assets.definitions import defs
 
     def run(names: list[str]) -> tuple[float, float]:
         for name in names:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version as package_version
@@ -300,8 +300,11 @@ class CaptureStore:
 
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
-        chunks = (self.root / capture_id).glob(f"{_UNFINISHED}*/*.parquet")
-        return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
+        found = [*self.files(capture_id).values()]
+        for folder in sorted((self.root / capture_id).glob(f"{_UNFINISHED}*")):
+            with suppress(FileNotFoundError):  # its capture was finished in this moment
+                found += [path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
+        return found
 
     @contextmanager
     def publishing(self, folder: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:
