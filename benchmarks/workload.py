@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +24,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 from rich.console import Console
@@ -38,7 +41,7 @@ from distill_assets.foundation.language_model import load_tokenizer
 from distill_assets.foundation.model_folders import resolve_model
 from distill_assets.foundation.progress import ignore_progress
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
-from distill_assets.teacher_capture.store import CaptureStore
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WIDE_VOCABULARY = 151_936  # as many ids as Qwen2.5 has
@@ -80,6 +83,25 @@ class BenchHome:
     def shards(self) -> dict[str, Shard]:
         found = discover_shards(self.home.root, self.home.settings().data, self.home.hashes())
         return {shard.key: shard for shard in found.shards}
+
+
+def as_shard(home: BenchHome, capture: Capture, shard: str, version: str) -> Capture:
+    """The same captured rows as another shard's capture, under row keys of their own: a teacher's time saved."""
+    table = pq.read_table(capture.path)
+    keys = [hashlib.md5(f"{version} {key}".encode()).hexdigest() for key in table["key"].to_pylist()]
+    table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), pa.array(keys))
+    footer = {
+        "capture_id": capture.capture_id,
+        "shard": shard,
+        "version": version,
+        "identity": capture.identity,
+        "teacher": capture.teacher,
+        "created": capture.created,
+    }
+    with home.store.publishing(capture.capture_id, shard, version, home.spec.targets) as file:
+        file.append(table)
+        file.describe(footer, capture.stats)
+    return read_capture(file.path)
 
 
 def smollm2() -> Path:

@@ -17,15 +17,17 @@ settings = automation.automation_settings()
 refresh = automation.refresh_job(lambda: defs)
 
 defs: dg.Definitions = dg.Definitions(
-    assets=[
-        assets.dataset_shards,
-        assets.tokenizer_compatibility,
-        assets.teacher_capture,
-        assets.capture_catalog,
-        assets.student_model,
-        assets.control_student,
-        assets.student_evaluation,
-    ],
+    assets=dg.with_source_code_references(
+        [
+            assets.dataset_shards,
+            assets.tokenizer_compatibility,
+            assets.teacher_capture,
+            assets.capture_catalog,
+            assets.student_model,
+            assets.control_student,
+            assets.student_evaluation,
+        ]
+    ),
     asset_checks=[*checks.CAPTURE_CHECKS, checks.catalog_matches_store, checks.student_beats_control],
     resources={"process_mark": process_mark},
     jobs=[refresh, assets.observe_shards],

@@ -7,11 +7,12 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
     from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
     from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 
+AShard = TypeVar("AShard", "ShardPlan", "ShardStatus")
+
 PIPED_WIDTH = 160  # a table in a file or pipe is not squeezed into 80 columns
 GAP = 2  # blanks between columns
 LEAST_COLUMN = 10  # a table of narrower columns is unreadable
 LEAST_WHY = 30  # a column of reasons narrower than this is unreadable
+MOST_SHARDS = 50  # on a terminal
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -177,10 +181,25 @@ def plan_table(shards: Sequence[ShardPlan], width: int) -> Table:
     )
 
 
+def at_a_glance(shards: Sequence[AShard], most: int) -> tuple[Sequence[AShard], str]:
+    """At most this many shards, those that are not current before the others, and a line on what is left out."""
+    if len(shards) <= most:
+        return shards, ""
+    ordered = sorted(shards, key=lambda shard: shard.state == "current")
+    states = Counter(shard.state for shard in ordered[most:])
+    others = ", ".join(f"{n:,} {state}" for state, n in states.most_common())
+    return ordered[:most], f"... and {counted(states.total(), 'shard')} more ({others}); a pipe or --json gets all."
+
+
+def _shown(shards: Sequence[AShard]) -> tuple[Sequence[AShard], str]:
+    return at_a_glance(shards, MOST_SHARDS if out.is_terminal else len(shards))
+
+
 def show_plan(plan: CapturePlan) -> None:
     """The shards, and what a run would do in a sentence."""
-    out.print(plan_table(plan.shards, out.width))
-    out.print()
+    shown, more = _shown(plan.shards)
+    out.print(plan_table(shown, out.width))
+    out.print(more)
     for line in plan_summary(plan.shards):
         out.print(line)
     if any(shard.is_to_capture for shard in plan.shards):
@@ -256,8 +275,9 @@ def asset_table(status: HomeStatus, width: int) -> Table:
 def show_status(status: HomeStatus) -> None:
     """The home, its shards, its assets."""
     out.print(f"[bold]home[/] {escape(status.home)}, [bold]capture[/] {status.capture_id}\n", soft_wrap=True)
-    out.print(status_table(status.shards, out.width))
-    out.print()
+    shown, more = _shown(status.shards)
+    out.print(status_table(shown, out.width))
+    out.print(more)
     out.print(asset_table(status, out.width))
 
 

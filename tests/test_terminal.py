@@ -60,6 +60,15 @@ def test_a_name_wider_than_the_terminal_is_folded() -> None:
     assert max(map(len, lines)) <= 80 and "".join(lines).count("n" * 10) >= 5 and " new " in lines[2]
 
 
+def test_of_thousands_what_is_not_current_is_shown_first_and_the_rest_counted() -> None:
+    shards = [ShardPlan(f"s{i}", "current", "captured as it is", 1, 0, 0) for i in range(2000)]
+    shards[1500] = ShardPlan("s1500", "changed", "-", 5, 1, 1)
+    shown, more = terminal.at_a_glance(shards, 3)
+    assert [shard.shard for shard in shown] == ["s1500", "s0", "s1"]
+    assert more == "... and 1,997 shards more (1,997 current); a pipe or --json gets all."
+    assert terminal.at_a_glance(shards, 2000) == (shards, "")
+
+
 def test_the_summary_counts_what_will_be_tried_and_what_cannot() -> None:
     again = ShardPlan("s3", "failed", "disk was full", 5, 5, 100)
     assert terminal.plan_summary([*PLANS, again]) == [

@@ -7,6 +7,7 @@ gets through DuckDB's own sandbox. The sandbox then keeps a SELECT from reading 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def run_query(catalog: Path, captures: Path, sql: str) -> QueryResult:
         raise CatalogError(f"the query failed: {first}") from error
     finally:
         connection.close()
+
+
+def mass_by_rank(catalog: Path, captures: Path, shards: Sequence[str], rows: int) -> list[float]:
+    """Mean probability of the likeliest kept id of a position, the second, ... over the first `rows` rows of `shards`.
+
+    Support and tail are made a distribution by dividing by their sum; a position that keeps fewer ids counts with 0.
+    """
+    chosen = f"row < {rows} AND shard IN ({', '.join(map(quoted, shards))})"
+    sql = f"""
+        WITH kept AS (SELECT rank, sum(exp(logprob)) AS mass FROM kept_ids WHERE {chosen} GROUP BY rank),
+        tail AS (SELECT coalesce(sum(exp(tail_logprob)), 0) AS mass FROM positions WHERE {chosen})
+        SELECT mass / ((SELECT sum(mass) FROM kept) + (SELECT mass FROM tail)) FROM kept ORDER BY rank
+    """
+    return [mass for (mass,) in run_query(catalog, captures, sql).rows]
 
 
 def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -1,27 +1,31 @@
-"""Refresh the catalog: built beside the old one and renamed, so that readers are never blocked.
+"""Refresh the catalog: a copy of the old one is changed and renamed, so that readers are never blocked.
 
-Examples of captures that did not change are taken over from the old catalog; only new capture
-files are read.
+Only captures that are new, or not there any more, cost anything: their files are read, their examples
+put in or taken out. A catalog that cannot be read, or is of another version, is built from nothing.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
+import pyarrow as pa
 from filelock import FileLock
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
 from distill_assets.foundation.errors import CaptureError
-from distill_assets.foundation.files import replacing
+from distill_assets.foundation.files import disk_problem, replacing
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
+
+HISTORY = "history"  # role of a capture that is not current
 
 
 @dataclass(frozen=True)
@@ -74,23 +78,48 @@ def refresh_catalog(
     folder of students, whose lineage is read from their own records. Superseded captures and students in
     `without` are left out: they are about to be removed. One writer at a time: another one waits.
     """
+    with _writer_lock(catalog):
+        kept_out = {str(entry.capture.path) for entry in entries} | {str(path) for path in without}
+        history = _history(store, kept_out)
+        lineages = [lineage for lineage in read_lineages(students) if Path(lineage.folder) not in without]
+        if read_meta(catalog) is not None:
+            try:
+                return _write(catalog, entries, history, lineages, start_from_old=True)
+            except duckdb.Error as error:
+                if disk_problem(error):
+                    raise
+                # Somewhere in it the old file is damaged: what it said is read from the captures again.
+        return _write(catalog, entries, history, lineages, start_from_old=False)
+
+
+def _write(
+    catalog: Path,
+    entries: Sequence[CatalogEntry],
+    history: Sequence[CatalogEntry],
+    lineages: Sequence[StudentLineage],
+    start_from_old: bool,
+) -> CatalogReport:
     identity = catalog_identity(catalog.parent, entries)
-    with _writer_lock(catalog), _replacing(catalog) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        connection.execute(schema.TABLES)
-        connection.execute(
-            "INSERT INTO catalog_meta VALUES (?, ?, ?)", [schema.SCHEMA_VERSION, str(catalog.parent), identity]
-        )
-        current = {str(entry.capture.path) for entry in entries}
-        _insert_captures(connection, entries, current=True)
-        _insert_captures(connection, _history(store, current | {str(path) for path in without}), current=False)
-        files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
-        lineages = read_lineages(students)
-        _insert_students(connection, [lineage for lineage in lineages if Path(lineage.folder) not in without])
-        files = {str(entry.capture.path): entry.capture.identity["targets"] for entry in entries}
-        connection.execute(schema.positions_view(files))
+    with _replacing(catalog, start_from_old) as connection:
+        if start_from_old:
+            _read_all(connection)
+        else:
+            connection.execute(schema.TABLES)
+        files_read = _write_captures(connection, entries, history)
+        _write_students(connection, lineages)
+        targets = {str(entry.capture.path): entry.capture.identity["targets"] for entry in entries}
+        connection.execute(schema.positions_view(targets))
         connection.execute(schema.KEPT_IDS)
+        connection.execute("DELETE FROM catalog_meta")
+        meta = [schema.SCHEMA_VERSION, str(catalog.parent), identity]
+        connection.execute("INSERT INTO catalog_meta VALUES (?, ?, ?)", meta)
         return _report(connection, identity, files_read)
+
+
+def _read_all(connection: duckdb.DuckDBPyConnection) -> None:
+    """duckdb.Error if a block of any table is damaged: a copy that is changed here and there would keep it for ever."""
+    for (table,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall():
+        connection.execute(f"SELECT max(COLUMNS(*)) FROM {table}")
 
 
 def refresh_lineage(catalog: Path, students: Path) -> None:
@@ -101,19 +130,19 @@ def refresh_lineage(catalog: Path, students: Path) -> None:
     with _writer_lock(catalog):
         if read_meta(catalog) is None:
             return  # the next refresh builds it, with its students
-        with _replacing(catalog, start_from_it=True) as connection:
-            connection.execute("DELETE FROM students; DELETE FROM student_captures")
-            _insert_students(connection, read_lineages(students))
+        with _replacing(catalog, start_from_old=True) as connection:
+            _write_students(connection, read_lineages(students))
 
 
 @contextmanager
-def _replacing(catalog: Path, start_from_it: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+def _replacing(catalog: Path, start_from_old: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to a database that takes the catalog's place, whole, when the block succeeds."""
     with replacing(catalog) as beside:
-        if start_from_it:
+        if start_from_old:
             shutil.copyfile(catalog, beside)
         connection = duckdb.connect(beside)
         try:
+            connection.execute("SET TimeZone = 'UTC'")
             yield connection
             # Closing writes everything into the file too, but says nothing when the disk is full.
             connection.execute("CHECKPOINT")
@@ -140,89 +169,88 @@ def _history(store: CaptureStore, besides: set[str]) -> list[CatalogEntry]:
         for path in store.files(folder).values():
             if str(path) not in besides:
                 try:
-                    entries.append(CatalogEntry(read_capture(path), role="history"))
+                    entries.append(CatalogEntry(read_capture(path), HISTORY))
                 except CaptureError:
                     continue  # a damaged superseded file serves nobody and stops nobody
     return entries
 
 
-def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[CatalogEntry], current: bool) -> None:
-    rows = []
-    for entry in entries:
-        capture, stats = entry.capture, entry.capture.stats
-        rows.append(
-            [
-                capture.shard, entry.role, capture.capture_id, capture.version, current, str(capture.path),
-                stats.rows, stats.tokens, stats.supervised_tokens, stats.kept_ids,
-                capture.bytes, capture.bytes_per_token,
-                stats.mean_entropy, stats.mean_kept_mass, stats.mean_kept_ids, stats.teacher_perplexity,
-                stats.truncated_rows, stats.bad_rows, stats.rows_without_target,
-                stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
-                capture.teacher["name"], capture.teacher["revision"], capture.identity.get("dtype"),
-                json.dumps(capture.identity["targets"]), list(capture.derived_from), capture.created,
-            ]
-        )  # fmt: skip
-    if rows:
-        connection.executemany(f"INSERT INTO capture_files VALUES ({', '.join('?' * len(rows[0]))})", rows)
-
-
-def _insert_examples(connection: duckdb.DuckDBPyConnection, old: Path, captures: Sequence[Capture]) -> int:
-    """Examples of `captures`, from the old catalog where it has them; returns the files that were read."""
-    known = _take_over_examples(connection, old)
-    read = 0
-    for capture in captures:
-        if tuple(_key(capture)) in known:
-            continue
-        statement = schema.examples_of_file(capture.identity["targets"]["precision"])
-        values: Mapping[str, str] = {
-            "path": str(capture.path),
-            "shard": capture.shard,
-            "capture_id": capture.capture_id,
-            "version": capture.version,
-            "created": capture.created,
-        }
-        connection.execute(statement, values)
-        read += 1
+def _write_captures(
+    connection: duckdb.DuckDBPyConnection, entries: Sequence[CatalogEntry], history: Sequence[CatalogEntry]
+) -> int:
+    """Make the catalog one of these captures; returns how many files were read for their examples."""
+    listed = connection.execute(
+        "SELECT path, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00'), bytes, number FROM capture_files"
+    ).fetchall()
+    known = {tuple(file): number for *file, number in listed}
+    numbers = {entry.capture: known.get(_file(entry.capture)) for entry in (*entries, *history)}
+    gone = set(known.values()) - set(numbers.values())
+    if gone:
+        connection.execute("DELETE FROM capture_examples WHERE capture IN (SELECT unnest(?))", [sorted(gone)])
+    unused = max(known.values(), default=0) + 1
+    rows, read = [], 0
+    for entry in (*entries, *history):
+        number = numbers[entry.capture]
+        if number is None:
+            number, unused, read = unused, unused + 1, read + 1
+            try:
+                _insert_examples(connection, number, entry.capture)
+            except duckdb.Error as error:
+                if entry.role != HISTORY or disk_problem(error):
+                    raise
+                continue  # a damaged superseded file serves nobody and stops nobody
+        rows.append(_row(number, entry))
+    connection.execute("DELETE FROM capture_files")
+    _insert(connection, "capture_files", rows)
     return read
 
 
-def _take_over_examples(connection: duckdb.DuckDBPyConnection, old: Path) -> set[tuple[str, ...]]:
-    if not old.exists():
-        return set()
-    try:
-        connection.execute(f"ATTACH {schema.quoted(str(old))} AS old (READ_ONLY)")
-    except duckdb.Error:
-        return set()  # not a database: everything is read again and the damaged file replaced
-    try:
-        version = connection.execute("SELECT schema_version FROM old.catalog_meta").fetchall()
-        if version != [(schema.SCHEMA_VERSION,)]:
-            return set()
-        connection.execute(
-            "INSERT INTO examples SELECT e.* FROM old.examples AS e SEMI JOIN captures AS c "
-            "ON (e.shard, e.capture_id, e.version, e.created) = (c.shard, c.capture_id, c.version, c.created)"
-        )
-        taken = connection.execute(
-            "SELECT DISTINCT shard, capture_id, version, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00') FROM examples"
-        ).fetchall()
-        return {tuple(row) for row in taken}
-    except duckdb.Error:
-        connection.execute("DELETE FROM examples")
-        return set()
-    finally:
-        connection.execute("DETACH old")
+def _file(capture: Capture) -> tuple[str, str, int]:
+    return str(capture.path), capture.created, capture.bytes
 
 
-def _insert_students(connection: duckdb.DuckDBPyConnection, students: Sequence[StudentLineage]) -> None:
-    for student in students:
-        connection.execute(
-            "INSERT INTO students VALUES (?, ?, ?, ?)",
-            [student.student_id, student.kind, student.folder, student.created],
-        )
-        if student.captures:
-            connection.executemany(
-                "INSERT INTO student_captures VALUES (?, ?, ?, ?, ?)",
-                [[student.student_id, *capture] for capture in student.captures],
-            )
+def _insert_examples(connection: duckdb.DuckDBPyConnection, number: int, capture: Capture) -> None:
+    statement = schema.examples_of_file(capture.identity["targets"]["precision"])
+    connection.execute(statement, {"path": str(capture.path), "number": number})
+
+
+def _row(number: int, entry: CatalogEntry) -> dict[str, Any]:
+    capture, stats = entry.capture, entry.capture.stats
+    return {
+        "number": number, "shard": capture.shard, "role": entry.role, "capture_id": capture.capture_id,
+        "version": capture.version, "current": entry.role != HISTORY, "path": str(capture.path),
+        "examples": stats.rows, "tokens": stats.tokens, "supervised_tokens": stats.supervised_tokens,
+        "kept_ids": stats.kept_ids, "bytes": capture.bytes, "bytes_per_token": capture.bytes_per_token,
+        "mean_entropy": stats.mean_entropy, "mean_kept_mass": stats.mean_kept_mass,
+        "mean_kept_ids": stats.mean_kept_ids, "teacher_perplexity": stats.teacher_perplexity,
+        "truncated_rows": stats.truncated_rows, "bad_rows": stats.bad_rows,
+        "rows_without_target": stats.rows_without_target, "rows_captured": stats.rows_captured,
+        "rows_reused": stats.rows_reused, "tokens_captured": stats.tokens_captured, "seconds": stats.seconds,
+        "tokens_per_second": stats.tokens_per_second, "teacher": capture.teacher["name"],
+        "teacher_revision": capture.teacher["revision"], "dtype": capture.identity.get("dtype"),
+        "targets": json.dumps(capture.identity["targets"]), "derived_from": list(capture.derived_from),
+        "created": capture.created,
+    }  # fmt: skip
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of values by column, all at once: one after another takes a millisecond each."""
+    if rows:
+        connection.register("incoming", pa.Table.from_pylist(rows))
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+        connection.unregister("incoming")
+
+
+def _write_students(connection: duckdb.DuckDBPyConnection, students: Sequence[StudentLineage]) -> None:
+    connection.execute("DELETE FROM students; DELETE FROM student_captures")
+    _insert(
+        connection,
+        "students",
+        [{"student_id": s.student_id, "kind": s.kind, "folder": s.folder, "created": s.created} for s in students],
+    )
+    names = ("shard", "version", "capture_id", "examples")
+    used = [{"student_id": s.student_id, **dict(zip(names, c, strict=True))} for s in students for c in s.captures]
+    _insert(connection, "student_captures", used)
 
 
 def _report(connection: duckdb.DuckDBPyConnection, identity: str, files_read: int) -> CatalogReport:

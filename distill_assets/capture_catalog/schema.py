@@ -1,8 +1,9 @@
 """Tables and views of `catalog.duckdb`.
 
 `captures` are the current ones, `capture_history` those superseded or removed whose files are
-still kept. `examples` has one row an example of a current capture. `positions` and `kept_ids` are
-views over the Parquet itself: nothing is stored twice.
+still kept; `examples` and `example_history` have one row an example of each. `student_examples` joins
+students and the examples they learnt from, for both directions of the question. `positions` and
+`kept_ids` are views over the Parquet itself: nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 TABLES = """
 CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
 CREATE TABLE capture_files (
-    shard VARCHAR, role VARCHAR, capture_id VARCHAR, version VARCHAR, current BOOLEAN, path VARCHAR,
+    number INTEGER, shard VARCHAR, role VARCHAR, capture_id VARCHAR, version VARCHAR, current BOOLEAN, path VARCHAR,
     examples INTEGER, tokens BIGINT, supervised_tokens BIGINT, kept_ids BIGINT,
     bytes BIGINT, bytes_per_token DOUBLE,
     mean_entropy DOUBLE, mean_kept_mass DOUBLE, mean_kept_ids DOUBLE, teacher_perplexity DOUBLE,
@@ -24,11 +25,10 @@ CREATE TABLE capture_files (
     teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, derived_from VARCHAR[],
     created TIMESTAMPTZ
 );
-CREATE TABLE examples (
-    shard VARCHAR, row INTEGER, key VARCHAR, id VARCHAR, capture_id VARCHAR, version VARCHAR,
+CREATE TABLE capture_examples (
+    capture INTEGER, row INTEGER, key VARCHAR, key_start UINTEGER, id VARCHAR,
     tokens INTEGER, supervised_tokens INTEGER, weight FLOAT, truncated BOOLEAN,
-    mean_entropy DOUBLE, mean_kept_mass DOUBLE, teacher_perplexity DOUBLE, top1_is_gold DOUBLE,
-    created TIMESTAMPTZ
+    mean_entropy DOUBLE, mean_kept_mass DOUBLE, teacher_perplexity DOUBLE, top1_is_gold DOUBLE
 );
 CREATE TABLE students (
     student_id VARCHAR, kind VARCHAR, folder VARCHAR, created TIMESTAMPTZ
@@ -36,12 +36,31 @@ CREATE TABLE students (
 CREATE TABLE student_captures (
     student_id VARCHAR, shard VARCHAR, version VARCHAR, capture_id VARCHAR, examples INTEGER
 );
-CREATE VIEW captures AS SELECT * EXCLUDE (current) FROM capture_files WHERE current;
-CREATE VIEW capture_history AS SELECT * EXCLUDE (current) FROM capture_files WHERE NOT current;
+CREATE VIEW captures AS SELECT * EXCLUDE (number, current) FROM capture_files WHERE current;
+CREATE VIEW capture_history AS SELECT * EXCLUDE (number, current) FROM capture_files WHERE NOT current;
+CREATE VIEW examples AS
+SELECT c.shard, c.role, e.* EXCLUDE (capture, key_start), c.capture_id, c.version, c.created
+FROM capture_examples AS e JOIN capture_files AS c ON e.capture = c.number WHERE c.current;
+CREATE VIEW example_history AS
+SELECT c.shard, e.* EXCLUDE (capture, key_start), c.capture_id, c.version, c.created
+FROM capture_examples AS e JOIN capture_files AS c ON e.capture = c.number WHERE NOT c.current;
+CREATE VIEW student_examples AS
+SELECT s.student_id, s.kind, c.shard, e.row, e.key, e.id, c.current, c.capture_id, c.version
+FROM students AS s
+JOIN student_captures AS l USING (student_id)
+JOIN capture_files AS c ON (c.shard, c.capture_id, c.version) = (l.shard, l.capture_id, l.version)
+JOIN capture_examples AS e ON e.capture = c.number;
+
+-- Finds a key among ten million in a tenth of the time of `WHERE key = ...`, by reading four bytes an example
+-- first. An index would be faster still, but doubles the file that every refresh copies.
+CREATE MACRO example(wanted) AS TABLE
+SELECT c.shard, c.role, c.current, e.* EXCLUDE (capture, key_start), c.capture_id, c.version, c.created
+FROM capture_examples AS e JOIN capture_files AS c ON e.capture = c.number
+WHERE e.key_start = try_cast('0x' || wanted[:8] AS UINTEGER) AND e.key = wanted;
 """
 
 _POSITIONS_FROM_FILES = """
-CREATE VIEW positions AS
+CREATE OR REPLACE VIEW positions AS
 WITH unnested AS ({parts})
 SELECT c.shard, u.row, u.key, u.position, u.input_ids[u.position + 2] AS gold_id, u.support_ids, u.support_logprobs,
        u.weights, u.tail_logprob, u.tail_sample_ids, u.gold_logprob, u.entropy
@@ -63,7 +82,7 @@ _POSITIONS_OF_LIKE_FILES = """
 """
 
 _POSITIONS_OF_NOTHING = """
-CREATE VIEW positions AS
+CREATE OR REPLACE VIEW positions AS
 SELECT NULL::VARCHAR AS shard, NULL::INTEGER AS row, NULL::VARCHAR AS key, NULL::INTEGER AS position,
        NULL::INTEGER AS gold_id, NULL::INTEGER[] AS support_ids, NULL::DOUBLE[] AS support_logprobs,
        NULL::FLOAT[] AS weights, NULL::FLOAT AS tail_logprob, NULL::INTEGER[] AS tail_sample_ids,
@@ -72,7 +91,7 @@ WHERE false;
 """
 
 KEPT_IDS = """
-CREATE VIEW kept_ids AS
+CREATE OR REPLACE VIEW kept_ids AS
 SELECT shard, row, position, unnest(range(1, len(support_ids) + 1)) AS rank,
        unnest(support_ids) AS id, unnest(support_logprobs) AS logprob, unnest(weights) AS weight
 FROM positions;
@@ -88,7 +107,7 @@ _SUPPORT = {
 # distribution by dividing by their sum (rounding makes it 1.02 or so). Where an entropy or gold
 # log-probability is not known, neither is their mean.
 _EXAMPLES_OF_FILE = """
-INSERT INTO examples
+INSERT INTO capture_examples
 WITH rows AS (
     SELECT row, key, id, input_ids, weight, truncated, positions, support_ids, tail_logprob, gold_logprob, entropy,
            {column} AS support
@@ -103,10 +122,10 @@ WITH rows AS (
     FROM (SELECT row, input_ids, unnest(positions) AS position, unnest(support_ids) AS ids FROM rows)
     GROUP BY row
 )
-SELECT $shard, row, key, id, $capture_id, $version, len(input_ids), len(positions), weight, truncated,
+SELECT $number, row, key, ('0x' || key[:8])::UINTEGER, id, len(input_ids), len(positions), weight, truncated,
        CASE WHEN list_count(entropy) = len(entropy) THEN list_avg(entropy) END, mean_kept_mass,
        CASE WHEN list_count(gold_logprob) = len(gold_logprob) THEN exp(-list_avg(gold_logprob)) END,
-       top1_is_gold, $created::TIMESTAMPTZ
+       top1_is_gold
 FROM rows JOIN kept USING (row) JOIN hits USING (row)
 ORDER BY row
 """
@@ -138,5 +157,5 @@ def positions_view(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def examples_of_file(precision: str) -> str:
-    """INSERT of one capture file's examples; parameters path, shard, capture_id, version, created."""
+    """INSERT of one capture file's examples; parameters path, number."""
     return _EXAMPLES_OF_FILE.format(**_SUPPORT[precision])

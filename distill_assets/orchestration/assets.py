@@ -19,6 +19,7 @@ from distill_assets.teacher_capture.capture import CaptureReport
 CODE_VERSION = "1"
 PROCESS = {"process_mark"}  # initialised before a run waits for its pool
 OWNERS = ["team:distillation"]
+CAPTURED_TAG = "distill/captured"  # of a run, in words
 GPU_POOL, CATALOG_POOL = "gpu", "catalog"
 # A range of partitions is one run only if every selected asset says so, unpartitioned ones included.
 MADE_HERE: dict[str, Any] = {
@@ -116,6 +117,7 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
     **MADE_HERE,
     pool=GPU_POOL,
     automation_condition=WHEN_DUE,
+    metadata={"dagster/column_schema": metadata.CAPTURE_COLUMNS},
     description="The teacher's sparse next-token distributions of one shard, one Parquet file a shard version. "
     "Rows captured before are copied; the teacher sees only what is new.",
 )
@@ -132,6 +134,7 @@ def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) ->
             continue
         reports.append(report)
         context.add_asset_metadata(metadata.of_capture_report(report), partition_key=key)
+    context.instance.add_run_tags(context.run.run_id, {CAPTURED_TAG: metadata.in_words(reports)})
     if failures:
         for report in reports:
             context.log_event(

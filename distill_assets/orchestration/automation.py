@@ -14,6 +14,9 @@ from distill_assets.orchestration.partitions import partition_changes, shard_par
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 
+# Written by the daemon before its next tick, at some 40 ms each: of 2,000 new shards a batch at a time.
+MOST_EVENTS = 200
+
 
 def automation_settings() -> AutomationSettings:
     """The home's automation settings, read when the code location loads; the defaults if unreadable.
@@ -26,11 +29,12 @@ def automation_settings() -> AutomationSettings:
         return AutomationSettings()
 
 
-def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
+def shard_watcher(settings: AutomationSettings, most_events: int = MOST_EVENTS) -> dg.SensorDefinition:
     """Registers shards that come, forgets those that go, observes those that changed.
 
     It also closes runs whose process is gone, and records captures that are in the store only: those
-    of a range of partitions, for one, to which Dagster gives one data version.
+    of a range of partitions, for one, to which Dagster gives one data version. A tick records
+    `most_events` of both at most; the next one asks Dagster what is still missing.
     """
 
     @dg.sensor(
@@ -60,7 +64,7 @@ def shard_watcher(settings: AutomationSettings) -> dg.SensorDefinition:
             requests.append(shard_partitions.build_add_request(new))
         if gone:
             requests.append(shard_partitions.build_delete_request(gone))
-        return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events)
+        return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events[:most_events])
 
     return watch
 

@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from distill_assets.capture_catalog.refresh import CatalogReport
+from distill_assets.orchestration import summaries
 from distill_assets.orchestration.partitions import DATA_VERSION_TAG, shard_data_version
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.student_evaluation.figures import TEACHER
@@ -24,6 +25,30 @@ WRITTEN = "file written"  # False when the capture was current and nothing was d
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
 
 Metadata = dict[str, Any]
+
+# Of a capture file, whatever its targets: which of them it has, they say.
+CAPTURE_COLUMNS = dg.TableSchema(
+    [
+        dg.TableColumn(name, type, description)
+        for name, type, description in (
+            ("row", "int32", "number in the shard"),
+            ("key", "string", "hash of ids and mask"),
+            ("id", "string", "the row's own id, if it has one"),
+            ("input_ids", "list<int32>", "the tokens"),
+            ("weight", "float", "training weight"),
+            ("positions", "list<int32>", "scored positions t; each is about token t+1"),
+            ("support_ids", "list<list<int32>>", "kept ids of each position, likeliest first"),
+            ("support_q", "list<list<uint8>>", "log-probability = -q/16 (precision: compact)"),
+            ("support_logprobs", "list<list<float>>", "log-probability (precision: exact)"),
+            ("weights", "list<list<float>>", "what a kept id counts in training (sampled, threshold)"),
+            ("tail_sample_ids", "list<list<int32>>", "ids drawn from the rest (tail_samples)"),
+            ("tail_logprob", "list<halffloat>", "log of the mass of all other ids"),
+            ("gold_logprob", "list<halffloat>", "of the token that came"),
+            ("entropy", "list<halffloat>", "of the whole distribution, nats"),
+            ("truncated", "bool", "cut at data.max_length"),
+        )
+    ]
+)
 
 
 def of_capture(capture: Capture, written: bool) -> Metadata:
@@ -80,6 +105,13 @@ def of_capture_report(report: CaptureReport) -> Metadata:
     if report.bad_rows:
         values["skipped rows"] = dg.MetadataValue.md("\n".join(f"- {line}" for line in report.bad_rows[:MOST_LISTED]))
     return values
+
+
+def in_words(reports: Sequence[CaptureReport]) -> str:
+    """What a run captured, for its tags."""
+    made = [report.capture.stats for report in reports if report.written]
+    captured, rows = sum(stats.rows_captured for stats in made), sum(stats.rows for stats in made)
+    return f"{captured:,} rows of {rows:,}" if rows else "nothing, all was current"
 
 
 def of_tokenizers(report: TokenizerReport, file: Path) -> Metadata:
@@ -145,6 +177,7 @@ def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
         "students": report.students,
         "capture files read": report.files_read,
         "captures": table(captures),
+        "summary": dg.MetadataValue.md(summaries.of_catalog(pipeline)),
         "file": dg.MetadataValue.path(pipeline.home.catalog),
     }
 
@@ -166,6 +199,7 @@ def of_student(record: StudentRecord, folder: Path, written: bool) -> Metadata:
         "teacher's mass on ids the student lacks": round(report.fit.mass_dropped, 6),
         "positions left out": report.fit.positions_dropped,
         "device": report.device,
+        "summary": dg.MetadataValue.md(summaries.of_student(record)),
         "folder": dg.MetadataValue.path(folder),
     }
     if written:

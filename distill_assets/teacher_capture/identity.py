@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from distill_assets.dataset_shards.encode import Encoder
@@ -36,7 +37,7 @@ class CaptureSpec:
     def teacher(self) -> ModelFolder:
         return self.weights.folder
 
-    @property
+    @cached_property
     def capture_id(self) -> str:
         return digest(self.identity)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version as package_version
@@ -101,7 +101,19 @@ class Capture:
 
 
 def read_capture(path: Path) -> Capture:
-    """Read a capture file's footer; CaptureError when it is damaged or not one of ours."""
+    """Read a capture file's footer; CaptureError when it is damaged or not one of ours.
+
+    Read once a process for each state of the file: sensors ask for thousands every few seconds.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CaptureError(f"{path}: damaged or unreadable ({error}); `distill run` makes it again") from error
+    return _read_capture(path, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Capture:
     try:
         metadata = (pq.read_metadata(path).metadata or {}).get(FOOTER)
         if metadata is None:
@@ -112,7 +124,7 @@ def read_capture(path: Path) -> Capture:
             capture_id=footer["capture_id"],
             shard=footer["shard"],
             version=footer["version"],
-            bytes=path.stat().st_size,
+            bytes=size,
             stats=CaptureStats(**footer["stats"]),
             identity=footer["identity"],
             teacher=footer["teacher"],
@@ -288,8 +300,11 @@ class CaptureStore:
 
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
-        chunks = (self.root / capture_id).glob(f"{_UNFINISHED}*/*.parquet")
-        return [*self.files(capture_id).values(), *(p for p in sorted(chunks) if not p.name.startswith(PARTIAL))]
+        found = [*self.files(capture_id).values()]
+        for folder in sorted((self.root / capture_id).glob(f"{_UNFINISHED}*")):
+            with suppress(FileNotFoundError):  # its capture was finished in this moment
+                found += [path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
+        return found
 
     @contextmanager
     def publishing(self, folder: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -98,6 +99,61 @@ def test_refresh_reads_only_what_changed_and_keeps_history(bench: Bench) -> None
     without = [entry for entry in entries if entry.capture.shard != "s1"]
     assert refresh(bench, without).shards == 3
     assert ask(bench, "SELECT count(*) FROM examples WHERE shard = 's1'") == [(0,)]
+
+
+def test_what_was_superseded_and_comes_back_is_not_read_again(bench: Bench) -> None:
+    file = bench.home.root / "shards" / "s0.jsonl"
+    before = file.read_text()
+    entries = capture_all(bench)
+    refresh(bench, entries)
+    tiny.write_jsonl(file, [*tiny.example_rows(5), *tiny.example_rows(2, start=700)])
+    refresh(bench, capture_all(bench))
+    changed = "SELECT o.key FROM example_history AS o ANTI JOIN examples AS n ON (o.shard, o.key) = (n.shard, n.key)"
+    assert ask(bench, changed) == ask(bench, "SELECT key FROM example_history WHERE shard = 's0' AND row = 5")
+    file.write_text(before)
+    report = refresh(bench, entries)
+    assert (report.files_read, report.examples, report.superseded) == (0, 24, 1)
+    superseded = next(file for file in bench.store.files(bench.spec.capture_id).values() if file not in
+                      {entry.capture.path for entry in entries})  # fmt: skip
+    refresh_catalog(bench.home.catalog, bench.store, entries, bench.home.students, without=[superseded])
+    assert ask(bench, "SELECT count(*) FROM example_history") == [(0,)]
+    assert ask(bench, "SELECT count(*) FROM capture_examples") == [(24,)]
+    superseded.write_bytes(superseded.read_bytes()[:8] + bytes(200) + superseded.read_bytes()[208:])
+    assert refresh(bench, entries).superseded == 0  # its footer is whole, its rows are not: it stops nobody
+
+
+def test_lineage_goes_both_ways_through_superseded_captures_too(bench: Bench) -> None:
+    entries = capture_all(bench)
+    [first] = [c for c in captures(entries) if c.shard == "s0"]
+    used = {"shard": "s0", "version": first.version, "capture_id": first.capture_id, "rows": 6}
+    record = {"spec": {"student_id": "abc", "kind": "student", "captures": [used]}, "created": "2026-01-02T03:04:05Z"}
+    student = bench.home.students / "abc"
+    student.mkdir(parents=True)
+    (student / "distillation.json").write_text(json.dumps(record))
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", tiny.example_rows(2, start=600))
+    entries = capture_all(bench)
+    refresh(bench, entries)
+    keys = [row.key for row in read_rows(first.path)]
+    made_of = "SELECT shard, row, key, current FROM student_examples WHERE student_id = 'abc' ORDER BY row"
+    assert ask(bench, made_of) == [("s0", i, key, False) for i, key in enumerate(keys)]
+    assert ask(bench, f"SELECT student_id FROM student_examples WHERE key = '{keys[3]}'") == [("abc",)]
+    [unused] = [c for c in captures(entries) if c.shard == "s1"]
+    key = read_rows(unused.path)[0].key
+    assert ask(bench, f"SELECT student_id FROM student_examples WHERE key = '{key}'") == []
+    assert ask(bench, f"SELECT shard, row, current FROM example('{keys[3]}')") == [("s0", 3, False)]
+    assert ask(bench, "SELECT * FROM example('no key')") == []
+
+
+def test_a_catalog_damaged_inside_is_built_anew_by_the_next_refresh(bench: Bench) -> None:
+    entries = capture_all(bench)
+    refresh(bench, entries[:2])
+    content = bench.home.catalog.read_bytes()
+    for start in range(12_288, len(content), 262_144):  # block after block, one is read first when it changes
+        damaged = bytearray(content)
+        damaged[start + 100] ^= 1
+        bench.home.catalog.write_bytes(damaged)
+        assert refresh(bench, entries).examples == 24
+        assert compare_with_store(bench.home.catalog, captures(entries)) == []
 
 
 def test_a_reader_goes_on_while_the_catalog_is_replaced(bench: Bench) -> None:
@@ -213,7 +269,9 @@ def test_differences_from_the_store_are_found(bench: Bench) -> None:
     [problem] = compare_with_store(bench.home.catalog, captures(entries[1:]))
     assert "is listed, but its capture is not in the store" in problem
     connection = duckdb.connect(bench.home.catalog)
-    connection.execute("DELETE FROM examples WHERE shard = 's0' AND row = 0")
+    connection.execute(
+        "DELETE FROM capture_examples USING capture_files WHERE capture = number AND shard = 's0' AND row = 0"
+    )
     connection.close()
     assert compare_with_store(bench.home.catalog, captures(entries)) == [
         "shard s0: 6 rows in the file, 6 in captures, 5 in examples"
@@ -281,3 +339,14 @@ def test_the_views_join_files_of_different_kinds(tmp_path: Path, teacher_folder:
     ]  # fmt: skip
     assert means[2][1] == pytest.approx(1.0)  # counts / samples
     assert [n for _, n in ask(bench, "SELECT shard, count(*) FROM examples GROUP BY shard")] == [6] * 4
+
+
+def test_the_readmes_queries_run(bench: Bench) -> None:
+    refresh(bench, capture_all(bench))
+    queries = re.findall(
+        r'distill sql "([^"]*)"', (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    )
+    assert len(queries) >= 6
+    for query in queries:
+        if query != "SELECT ...":
+            run_query(bench.home.catalog, bench.home.captures, query)

@@ -54,6 +54,10 @@ def test_what_only_reads_is_run(catalog: Bench, sql: str) -> None:
         "SET enable_external_access = true",
         "PRAGMA database_list",
         "CREATE TEMP TABLE t AS SELECT 1",
+        "EXPORT DATABASE '{folder}/all'",
+        "PREPARE p AS COPY (SELECT 1) TO '{capture}'",
+        "INSERT INTO students VALUES ('x', 'student', '', now())",
+        "VACUUM",
         "",
     ],
 )
@@ -65,12 +69,26 @@ def test_everything_else_is_refused(catalog: Bench, sql: str) -> None:
     assert {path: path.read_bytes() for path in catalog.home.captures.rglob("*") if path.is_file()} == files
 
 
-@pytest.mark.parametrize("call", ["read_text", "read_csv", "glob", "read_parquet"])
-def test_other_files_cannot_be_read(catalog: Bench, tmp_path: Path, call: str) -> None:
-    secret = tmp_path / "secret.csv"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "read_text('{secret}')",
+        "read_csv('{secret}')",
+        "read_blob('{captures}/../secret.csv')",
+        "read_parquet('{secret}')",
+        "glob('{home}/*')",
+        "'{secret}'",
+        "read_csv('https://example.org/table.csv')",
+        "parquet_metadata('{secret}')",
+        "query('FROM read_text(''{secret}'')')",
+    ],
+)
+def test_other_files_cannot_be_read(catalog: Bench, source: str) -> None:
+    secret = catalog.home.root / "secret.csv"
     secret.write_text("a\n1\n")
+    places = {"secret": secret, "captures": catalog.home.captures, "home": catalog.home.root}
     with pytest.raises(CatalogError, match="disabled by configuration"):
-        ask(catalog, f"SELECT * FROM {call}('{secret}')")
+        ask(catalog, f"SELECT * FROM {source.format(**places)}")
 
 
 def test_mistakes_are_one_line(catalog: Bench) -> None:

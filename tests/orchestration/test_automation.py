@@ -12,10 +12,13 @@ from typing import Any, cast
 import dagster as dg
 import pytest
 import yaml
+from dagster import DagsterEventType
 from dagster._serdes import serialize_value
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
+from distill_assets.foundation.settings import AutomationSettings
+from distill_assets.orchestration.automation import shard_watcher
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.partitions import SHARDS, recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
@@ -40,8 +43,8 @@ class Daemon:
         self.instance = open_instance(Home(root))
         self.cursor: Any = None
 
-    def watch(self) -> dg.SensorResult | dg.SkipReason:
-        sensor = defs.get_sensor_def("shard_watcher")
+    def watch(self, sensor: dg.SensorDefinition | None = None) -> dg.SensorResult | dg.SkipReason:
+        sensor = sensor or defs.get_sensor_def("shard_watcher")
         result = sensor(dg.build_sensor_context(instance=self.instance))
         if isinstance(result, dg.SensorResult):
             for request in result.dynamic_partitions_requests or ():
@@ -252,6 +255,16 @@ def test_a_range_of_partitions_gets_each_its_own_version_at_the_next_look(daemon
     assert recorded_versions(daemon.instance, "teacher_capture") == {
         key: states.capture_version(key) for key in ("heldout", "s0", "s1")
     }
+
+
+def test_a_tick_records_a_batch_and_the_next_one_the_rest(daemon: Daemon) -> None:
+    observed = DagsterEventType.ASSET_OBSERVATION
+    counts = []
+    for _ in range(3):
+        result = daemon.watch(shard_watcher(AutomationSettings(), most_events=2))
+        assert isinstance(result, dg.SensorResult)
+        counts.append((len(result.asset_events), len(recorded_versions(daemon.instance, "dataset_shards", observed))))
+    assert counts == [(2, 2), (1, 3), (0, 3)]
 
 
 def test_broken_settings_are_said_and_change_nothing(daemon: Daemon) -> None:

@@ -148,7 +148,7 @@ def test_the_catalog_edited_or_damaged(home: Home) -> None:
         ("UPDATE capture_files SET bytes = bytes + 1 WHERE shard = 's0'", "mismatch"),
         ("UPDATE capture_files SET kept_ids = 1 WHERE shard = 's0'", "mismatch"),
         ("DELETE FROM capture_files WHERE shard = 's0'", "mismatch"),
-        ("DELETE FROM examples WHERE shard = 'heldout' AND row = 0", "mismatch"),
+        ("DELETE FROM capture_examples WHERE capture = 1 AND row = 0", "mismatch"),
         ("UPDATE catalog_meta SET home = '/elsewhere'", "mismatch"),
         ("DROP TABLE students", "damaged"),
     ):
@@ -158,7 +158,7 @@ def test_the_catalog_edited_or_damaged(home: Home) -> None:
         assert [k for k, _ in problems] == [kind], (statement, problems)
         home.catalog.write_bytes(whole)
     content = bytearray(whole)
-    for at in range(len(content) // 4, len(content), 4096):  # a byte of every block after the header
+    for at in range(12_288, len(content), 4096):  # bytes of every block after the headers
         content[at] ^= 1
     home.catalog.write_bytes(content)
     assert found(home) == [("damaged", "catalog.duckdb")]
