@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
-from distill_assets.teacher_capture.checks import check_aligned, check_complete
+from distill_assets.teacher_capture.checks import AlignedReport, check_aligned, check_complete
 from distill_assets.teacher_capture.faithful import SAMPLE_ROWS, SAMPLE_TOKENS, check_faithful
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import FOOTER, Capture, read_capture, read_rows
@@ -96,7 +96,7 @@ def test_an_honest_capture_passes_all_three(make: Make, precision: str) -> None:
     assert complete.positions == capture.stats.supervised_tokens
 
     aligned = check_aligned([capture])
-    assert aligned.passed and aligned.enough and aligned.hits[1] > 2 * max(aligned.hits[0], aligned.hits[2])
+    assert aligned.passed and aligned.tells and aligned.hits[1] > 2 * max(aligned.hits[0], aligned.hits[2])
 
     faithful = check_faithful(bench.spec, [capture], "cpu")
     assert faithful.passed and 0 < faithful.rows <= SAMPLE_ROWS and faithful.positions > 50
@@ -114,6 +114,33 @@ def test_targets_shifted_by_one_are_not_aligned_whichever_way(make: Make) -> Non
         moved = rewritten(capture, lambda rows, by=by: [shifted(row, by) for row in rows])
         report = check_aligned([moved])
         assert not report.passed and report.hits[1 - by] == max(report.hits)
+
+
+@pytest.mark.parametrize(
+    ("hits", "passed", "tells"),
+    [
+        ((40, 40, 0), True, False),
+        ((70, 50, 0), True, False),  # z = 1.7
+        ((0, 50, 90), False, False),
+        ((90, 50, 0), False, False),
+        ((50, 90, 50), True, True),
+        ((49, 0, 0), True, False),  # no chance, yet of a teacher that hardly ever guesses right
+        ((51, 0, 0), False, False),
+    ],
+)
+def test_only_what_is_plainly_beside_the_next_token_fails(
+    hits: tuple[int, int, int], passed: bool, tells: bool
+) -> None:
+    report = AlignedReport(1000, hits)
+    assert (report.passed, report.tells) == (passed, tells)
+    assert AlignedReport(99, hits).passed
+
+
+def test_an_untrained_teacher_is_no_evidence(make: Make, teacher_folder: Path) -> None:
+    _, capture = make(teacher_folder)
+    report = check_aligned([capture])
+    assert report.enough and report.passed and not report.tells
+    assert report.hits[1] <= max(report.hits[0], report.hits[2])
 
 
 def test_a_few_positions_are_no_evidence(make: Make) -> None:
