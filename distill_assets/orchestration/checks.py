@@ -96,8 +96,8 @@ def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsCon
     asset=teacher_capture,
     pool=GPU_POOL,
     required_resource_keys=PROCESS,
-    description="A sample of rows, scored again by the teacher, agrees but for rounding and measured noise: ids kept and "
-    "drawn, log-probabilities, tail, gold, entropy.",
+    description="A sample of rows, scored again by the teacher, agrees but for rounding and measured noise: ids kept "
+    "and drawn, log-probabilities, tail, gold, entropy.",
 )
 def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: FaithfulConfig) -> dg.AssetCheckResult:
     pipeline = Pipeline(find_home())
