@@ -7,9 +7,10 @@ scored; `loss_mask_T[0]` is always false, since nothing predicts the first token
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODING_RULES = 1  # raised whenever the same row would give other ids or another mask
+BLOCK_ROWS = 256  # rows that are encoded together
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,16 @@ class Encoder:
 
     def encode(self, row: Row) -> EncodedRow | BadRow:
         """The row's ids and mask; the mask may be empty. ModelError: conversations cannot be encoded at all."""
+        return self.encode_all([row])[0]
+
+    def encode_all(self, rows: Sequence[Row]) -> list[EncodedRow | BadRow]:
+        """Each of the rows as `encode` has it, sooner: to call a tokenizer costs more than to encode most texts."""
+        tokenized = self._tokenize([text for row in rows for text in _texts(row.content)])
+        return [self._encode(row, tokenized) for row in rows]
+
+    def _encode(self, row: Row, tokenized: Mapping[str, Sequence[int]]) -> EncodedRow | BadRow:
         try:
-            ids, mask, truncated = self._ids_and_mask(row.content)
+            ids, mask, truncated = self._ids_and_mask(row.content, tokenized)
         except (_BadIds, ChatProblem) as problem:
             return BadRow(row.line, str(problem))
         ids_T = np.array(ids, dtype=np.int32)
@@ -115,13 +125,15 @@ class Encoder:
         mask_T[:1] = False
         return EncodedRow(ids_T, mask_T, row_key(ids_T, mask_T), row.id, row.weight, truncated, row.line)
 
-    def _ids_and_mask(self, content: Text | Completion | Chat | Ids) -> tuple[ArrayLike, ArrayLike, bool]:
+    def _ids_and_mask(
+        self, content: Text | Completion | Chat | Ids, tokenized: Mapping[str, Sequence[int]]
+    ) -> tuple[ArrayLike, ArrayLike, bool]:
         longest = self._data.max_length
         match content:
             case Text(text):
-                return self._with_ends([], self._tokenize(text))
+                return self._with_ends([], tokenized[text])
             case Completion(prompt, completion):
-                return self._with_ends(self._tokenize(prompt), self._tokenize(completion))
+                return self._with_ends(tokenized[prompt], tokenized[completion])
             case Chat(messages):
                 return self._chat.encode(messages, longest, every=self._data.supervise == "all")
             case Ids(ids, given):
@@ -129,17 +141,27 @@ class Encoder:
                 mask = (True,) * len(ids) if given is None else given
                 return ids[:longest], mask[:longest], len(ids) > longest
 
-    def _with_ends(self, prompt: list[int], target: list[int]) -> tuple[ArrayLike, ArrayLike, bool]:
+    def _with_ends(self, prompt: Sequence[int], target: Sequence[int]) -> tuple[ArrayLike, ArrayLike, bool]:
         longest = self._data.max_length
-        end = [] if target[-1:] == self._eos else self._eos
+        end = [] if list(target[-1:]) == self._eos else self._eos
         ids = [*self._front, *prompt, *target, *end]
         truncated = len(ids) > longest
         n_unsupervised = len(self._front) + len(prompt)
         mask = [t >= n_unsupervised for t in range(min(len(ids), longest))]
         return ids[:longest], mask, truncated
 
-    def _tokenize(self, text: str) -> list[int]:
-        return [int(i) for i in self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, Sequence[int]]:
+        """Ids of each text, nothing inserted."""
+        if not texts:
+            return {}
+        ids = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return dict(zip(texts, ids, strict=True))
 
     def _check(self, ids: Sequence[int]) -> None:
         for i, value in enumerate(ids):
@@ -153,6 +175,36 @@ class _BadIds(Exception):
     """Ids the teacher does not have."""
 
 
+def _texts(content: Text | Completion | Chat | Ids) -> tuple[str, ...]:
+    """What of a row is encoded as plain text."""
+    match content:
+        case Text(text):
+            return (text,)
+        case Completion(prompt, completion):
+            return prompt, completion
+        case _:
+            return ()
+
+
+def encoded_rows(shard: Shard, encoder: Encoder) -> Iterator[EncodedRow | BadRow]:
+    """Read and encode every row of a shard, some at a time, bad ones and ones without a target among them.
+
+    ShardError, at the end, when the file is no longer the version `shard` names; UnreadableFile when it is
+    gone or damaged.
+    """
+    rows = read_rows(shard.path)
+    while block := list(islice(rows, BLOCK_ROWS)):
+        try:
+            encoded = iter(encoder.encode_all([row for row in block if not isinstance(row, BadRow)]))
+        except ModelError as error:
+            raise ShardError(f"shard {shard.key} ({shard.path}): {error}") from error
+        for row in block:
+            yield row if isinstance(row, BadRow) else next(encoded)
+    # A capture is filed under the version, so what was read must be what was hashed.
+    if content_hash(shard.path) != shard.version:
+        raise ShardError(f"shard {shard.key} ({shard.path}): the file changed since it was looked at; run again")
+
+
 def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
     """Read and encode every row of a shard.
 
@@ -163,20 +215,13 @@ def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
     rows: list[EncodedRow] = []
     bad_rows: list[BadRow] = []
     n_without_target = 0
-    for row in read_rows(shard.path):
-        try:
-            encoded = row if isinstance(row, BadRow) else encoder.encode(row)
-        except ModelError as error:
-            raise ShardError(f"shard {shard.key} ({shard.path}): {error}") from error
+    for encoded in encoded_rows(shard, encoder):
         if isinstance(encoded, BadRow):
             bad_rows.append(encoded)
         elif encoded.loss_mask.any():
             rows.append(encoded)
         else:
             n_without_target += 1
-    # A capture is filed under the version, so what was read must be what was hashed.
-    if content_hash(shard.path) != shard.version:
-        raise ShardError(f"shard {shard.key} ({shard.path}): the file changed since it was looked at; run again")
     if bad_rows and not encoder.skips_bad_rows:
         raise ShardError(_bad_row_message(shard, bad_rows))
     if not rows:

@@ -72,7 +72,7 @@ def capture_is_complete(context: dg.AssetCheckExecutionContext, config: ShardsCo
 @dg.asset_check(
     asset=teacher_capture,
     required_resource_keys=PROCESS,
-    description="The likeliest kept id of position t is token t+1 more often than tokens t and t+2.",
+    description="The likeliest kept id of position t is not plainly more often token t or t+2 than token t+1.",
 )
 def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsConfig) -> dg.AssetCheckResult:
     pipeline = Pipeline(find_home())
@@ -82,10 +82,13 @@ def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsCon
     except CaptureError as error:
         return _result(False, WARN, str(error), {})
     before, here, after = report.rates
-    if report.enough:
-        said = f"the likeliest id is the next token at {here:.1%}, the one before at {before:.1%}, after at {after:.1%}"
-    else:
+    said = f"the likeliest id is the next token at {here:.1%}, the one before at {before:.1%}, after at {after:.1%}"
+    if not report.enough:
         said = f"{report.positions} positions are too few to tell"
+    elif not report.passed:
+        said += "; targets are at the wrong position, or the teacher is untrained and repeats what it reads"
+    elif not report.tells:
+        said += ": no evidence for or against"
     return _result(report.passed, WARN, said, metadata.of_aligned(report))
 
 
@@ -93,7 +96,8 @@ def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsCon
     asset=teacher_capture,
     pool=GPU_POOL,
     required_resource_keys=PROCESS,
-    description="A sample of rows, scored again by the teacher, agrees but for rounding and measured noise.",
+    description="A sample of rows, scored again by the teacher, agrees but for rounding and measured noise: ids kept "
+    "and drawn, log-probabilities, tail, gold, entropy.",
 )
 def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: FaithfulConfig) -> dg.AssetCheckResult:
     pipeline = Pipeline(find_home())
@@ -109,6 +113,8 @@ def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: Faithful
         f"{report.rows} rows scored again: KL {report.kl.value:.2g} nats (at most {report.kl.allowed:.2g}), largest "
         f"difference {report.difference.value:.3g} (at most {report.difference.allowed:.3g})"
     )
+    if report.failed:
+        said += f"; off by more than noise: {', '.join(report.failed)}"
     return _result(report.passed, ERROR, said, metadata.of_faithful(report))
 
 

@@ -144,11 +144,7 @@ def of_aligned(report: AlignedReport) -> Metadata:
 def of_faithful(report: FaithfulReport) -> Metadata:
     """Each figure beside the noise it was compared with and the most that was allowed, nats."""
     values: Metadata = {"rows": report.rows, "positions": report.positions, "rows with a derived tail": report.derived}
-    for name, found in (
-        ("KL", report.kl),
-        ("largest difference", report.difference),
-        ("largest tail difference", report.tail_difference),
-    ):
+    for name, found in report.figures.items():
         values |= {name: found.value, f"{name}: noise": found.noise, f"{name}: allowed": found.allowed}
     return values
 

@@ -8,13 +8,15 @@ Legend: P = supervised positions of a row, N = ids kept in the whole row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, encode_shard
+from distill_assets.dataset_shards.encode import EncodedRow, encoded_rows
+from distill_assets.dataset_shards.rows import BadRow
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
 from distill_assets.teacher_capture.chunks import Cost, Figures
 from distill_assets.teacher_capture.engine import supervised_positions
@@ -24,6 +26,8 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import Capture
 
 LEAST_POSITIONS = 100  # fewer say nothing about alignment
+LEAST_RATE = 0.05  # hits of a teacher that cannot guess follow its whims, not chance: an untrained one made 1% of 2,275
+_SIGNIFICANCE = 1e-3  # two-sided
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class CompleteReport:
 def check_complete(spec: CaptureSpec, captured: Sequence[tuple[Shard, Capture]]) -> CompleteReport:
     """Whether each capture holds the very rows and positions of its shard, in order, and its footer says so.
 
-    One shard is encoded, and one row group read, at a time; a shard's first problem is told.
+    Some rows are encoded, and one row group read, at a time; a shard's first problem is told.
     """
     problems, rows, positions = [], 0, 0
     for shard, capture in captured:
@@ -59,24 +63,47 @@ def check_complete(spec: CaptureSpec, captured: Sequence[tuple[Shard, Capture]])
 
 def _compared(spec: CaptureSpec, shard: Shard, capture: Capture) -> list[Figures]:
     """Sums of the capture's row groups; CaptureError where it is not its shard's."""
-    encoded = encode_shard(shard, spec.encoder)
     where = f"shard {shard.key} ({capture.path})"
+    own = _OwnRows(shard, spec)
     parts: list[Figures] = []
-    start = 0
+    captured = 0
     for group in capture_row_groups(capture.path):
-        for row, wanted in zip(group, encoded.rows[start:], strict=False):
+        for row, wanted in zip(group, own, strict=False):
             if not _is_of(row, wanted):
+                own.count_the_rest()  # a shard that changed under way is another matter, and says so
                 raise CaptureError(f"{where}: row {row.row} is not the shard's; delete the file and run again")
-        start += len(group)
+        captured += len(group)
         parts.append(Figures.of(group, Cost(0, 0, 0.0)))
-    if start != len(encoded.rows):
-        raise CaptureError(f"{where}: {start} rows, the shard has {len(encoded.rows)}; delete the file and run again")
-    left_out = (capture.stats.bad_rows, capture.stats.rows_without_target)
-    if left_out != (len(encoded.bad_rows), encoded.n_without_target):
+    own.count_the_rest()
+    if captured != own.rows:
+        raise CaptureError(f"{where}: {captured} rows, the shard has {own.rows}; delete the file and run again")
+    if (capture.stats.bad_rows, capture.stats.rows_without_target) != (own.bad_rows, own.without_target):
         raise CaptureError(f"{where}: its footer counts other rows that were left out; delete the file and run again")
     if reason := statistics_problem(capture, parts):
         raise CaptureError(f"{where}: {reason}; delete the file and run again")
     return parts
+
+
+class _OwnRows:
+    """The rows that a shard's capture should hold, encoded as they are asked for; counts them and those left out."""
+
+    def __init__(self, shard: Shard, spec: CaptureSpec) -> None:
+        self._encoded = encoded_rows(shard, spec.encoder)
+        self.rows = self.bad_rows = self.without_target = 0
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        for row in self._encoded:
+            if isinstance(row, BadRow):
+                self.bad_rows += 1
+            elif row.loss_mask.any():
+                self.rows += 1
+                yield row
+            else:
+                self.without_target += 1
+
+    def count_the_rest(self) -> None:
+        for _ in self:
+            pass
 
 
 def _is_of(row: CapturedRow, wanted: EncodedRow) -> bool:
@@ -104,10 +131,29 @@ class AlignedReport:
         return self.positions >= LEAST_POSITIONS
 
     @property
-    def passed(self) -> bool:
-        """Token t + 1 is what position t tells of, so it is hit most; a few positions are no evidence."""
+    def tells(self) -> bool:
+        """Whether token t + 1, which is what position t tells of, is plainly hit most."""
         before, here, after = self.hits
-        return not self.enough or here > max(before, after)
+        return self.enough and _is_more(here, max(before, after))
+
+    @property
+    def passed(self) -> bool:
+        """False where a neighbour of token t + 1 is plainly hit more; what tells nothing passes."""
+        before, here, after = self.hits
+        most = max(before, after)
+        return not (self.enough and most >= LEAST_RATE * self.positions and _is_more(most, here))
+
+
+def _is_more(hits: int, others: int) -> bool:
+    """Whether `hits` is significantly more than `others`, by a sign test in its normal approximation.
+
+    A position where both hit, because the text repeats a token, should not count; that it does only makes
+    the test stricter.
+    """
+    if hits <= others:
+        return False
+    z = (hits - others - 1) / math.sqrt(hits + others)
+    return math.erfc(z / math.sqrt(2)) < _SIGNIFICANCE
 
 
 def check_aligned(captures: Sequence[Capture]) -> AlignedReport:

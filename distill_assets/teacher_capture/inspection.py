@@ -22,13 +22,13 @@ from distill_assets.dataset_shards.encode import row_key
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.fingerprints import SHORT, digest
 from distill_assets.foundation.problems import ProblemKind
-from distill_assets.teacher_capture.arrow import POSITION_STEPS, from_arrow
+from distill_assets.teacher_capture.arrow import from_arrow
 from distill_assets.teacher_capture.chunks import Cost, Figures, total_stats
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, read_capture
+from distill_assets.teacher_capture.target_rules import TargetRules, position_rounding
 
 MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 1/32 of each id, less of the tail
-FLOAT16 = 2.0**-11  # relative rounding of a stored float16
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
 _COUNTED = ("rows", "tokens", "supervised_tokens", "kept_ids", "truncated_rows")
 _A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs", "weights")
@@ -43,11 +43,12 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
         capture = read_capture(path)
         if reason := _footer_problem(capture):
             yield "mismatch", reason
+        rules = TargetRules.of(capture, n_ids)
         parts: list[Figures] = []
         for rows in capture_row_groups(path):
             start = sum(part.rows for part in parts)
             for i, row in enumerate(rows):
-                if reason := _row_problem(row, start + i, n_ids, capture):
+                if reason := _row_problem(row, start + i, n_ids, capture) or rules.broken_by(row):
                     raise CaptureError(f"row {start + i}: {reason}")
             parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
         if reason := statistics_problem(capture, parts):
@@ -150,11 +151,6 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, capture: Capture
         worst = int(off_P.argmax())
         return f"position {targets.positions_P[worst]} holds a mass of {math.exp(log_mass_P[worst]):.3f}, not 1"
     return None
-
-
-def position_rounding(value: float, precision: str) -> float:
-    """The most by which storage rounds a tail, gold log-probability or entropy of this size."""
-    return FLOAT16 * abs(value) + (0.5 / POSITION_STEPS if precision == "compact" else 0.0)
 
 
 def statistics_problem(capture: Capture, parts: Sequence[Figures]) -> str | None:

@@ -92,8 +92,9 @@ def test_a_run_checks_what_it_captured_once_and_nothing_when_nothing_was(home: P
         first.checks["capture_is_faithful"]["found"]
     )
     assert said.count("checks of teacher_capture on what was captured") == 1
-    # A random teacher is not good at guessing, and the check says so without stopping anything.
-    assert first.checks["capture_is_aligned"]["passed"] is not any("capture_is_aligned failed" in line for line in said)
+    # A random teacher is not good at guessing, which is no evidence of anything.
+    aligned = first.checks["capture_is_aligned"]
+    assert aligned["passed"] and str(aligned["found"]).endswith("no evidence for or against")
     assert first.report is not None
     with open_instance(Home(home)) as instance:
         assert n_check_runs(instance) == 1

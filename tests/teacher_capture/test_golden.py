@@ -18,6 +18,7 @@ import pytest
 
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import to_arrow
+from distill_assets.teacher_capture.inspection import inspect_capture
 from distill_assets.teacher_capture.store import read_capture, read_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -75,3 +76,9 @@ def test_plain_tools_read_it_and_writing_it_again_changes_little(file: Path) -> 
     assert again.schema.equals(table.schema)
     same = [name for name in table.column_names if name not in ("tail_logprob", "gold_logprob", "entropy")]
     assert again.select(same).equals(table.select(same))  # those three are rounded since, in compact precision
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_satisfies_the_rules_of_its_kind(file: Path) -> None:
+    [(kind, reason)] = inspect_capture(file, None)
+    assert kind == "mismatch" and "by its footer it is" in reason  # it does not lie in a store

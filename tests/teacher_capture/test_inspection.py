@@ -123,7 +123,7 @@ WRONG = {
     "its key": lambda r: replace(r, input_ids=np.concatenate([r.input_ids[:1], r.input_ids[:1], r.input_ids[2:]])),
     "positions that are not": lambda r: changed(r, positions_P=moved(r.targets.positions_P, -1, 1)),
     "entropy that is not a number": lambda r: changed(r, entropy_P=moved(r.targets.entropy_P, 0, np.nan)),
-    "mean_entropy": lambda r: changed(r, entropy_P=moved(r.targets.entropy_P, 0, 90.0)),
+    "an entropy its support": lambda r: changed(r, entropy_P=moved(r.targets.entropy_P, 0, 90.0)),
     "gold_logprob": lambda r: changed(r, gold_logprob_P=moved(r.targets.gold_logprob_P, 0, -90.0)),
     "numbered 0": lambda r: replace(r, row=0),
     "weight -1": lambda r: replace(r, weight=-1.0),
@@ -137,7 +137,7 @@ def test_a_wrong_value_with_valid_checksums_is_named(captured: tuple[Bench, Path
     with_row(path, 5, WRONG[said])
     [(kind, reason)] = problems(bench, path)
     assert kind == "damaged" and said in reason
-    if said not in ("mean_entropy", "gold_logprob", "truncated_rows", "numbered 0"):
+    if said not in ("gold_logprob", "truncated_rows", "numbered 0"):
         assert reason.startswith("row 5: ")
 
 
