@@ -1,7 +1,7 @@
 """Refresh the catalog: built beside the old one and renamed, so that readers are never blocked.
 
-Examples of captures that did not change are taken over from the old catalog; only new capture
-files are read.
+Examples and hashes of captures that did not change are taken over from the old catalog; only new
+capture files are read.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from filelock import FileLock
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, UnreadableFile
 from distill_assets.foundation.files import replacing
-from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.fingerprints import content_hash, digest
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 
@@ -82,8 +83,10 @@ def refresh_catalog(
             "INSERT INTO catalog_meta VALUES (?, ?, ?)", [schema.SCHEMA_VERSION, str(catalog.parent), identity]
         )
         current = {str(entry.capture.path) for entry in entries}
-        _insert_captures(connection, entries, current=True)
-        _insert_captures(connection, _history(store, current | {str(path) for path in without}), current=False)
+        history = _history(store, current | {str(path) for path in without})
+        hashes = _known_hashes(catalog)
+        _insert_captures(connection, entries, hashes, current=True)
+        _insert_captures(connection, history, hashes, current=False)
         files_read = _insert_examples(connection, catalog, [entry.capture for entry in entries])
         lineages = read_lineages(students)
         _insert_students(connection, [lineage for lineage in lineages if Path(lineage.folder) not in without])
@@ -146,7 +149,40 @@ def _history(store: CaptureStore, besides: set[str]) -> list[CatalogEntry]:
     return entries
 
 
-def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[CatalogEntry], current: bool) -> None:
+def _known_hashes(old: Path) -> dict[tuple[Any, ...], str]:
+    """SHA-256 of capture files, by what the old catalog says of each (see `_file_key`)."""
+    if read_meta(old) is None:
+        return {}
+    with duckdb.connect(old, read_only=True) as connection:
+        found = connection.execute(
+            "SELECT path, capture_id, version, strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00'), bytes, "
+            "seconds, teacher, sha256 FROM capture_files WHERE sha256 IS NOT NULL"
+        ).fetchall()
+    return {(*Path(path).parts[-2:], *described): sha256 for path, *described, sha256 in found}
+
+
+def _file_key(capture: Capture) -> tuple[Any, ...]:
+    """What tells one making of a capture file from another, without reading it; the home may be moved."""
+    described = (capture.capture_id, capture.version, capture.created, capture.bytes)
+    return (*capture.path.parts[-2:], *described, capture.stats.seconds, capture.teacher["name"])
+
+
+def _sha256(capture: Capture, known: Mapping[tuple[Any, ...], str]) -> str | None:
+    """Of the file as it was when it came into the catalog, so that bytes that change later show; None when it cannot
+    be read.
+    """
+    try:
+        return known.get(_file_key(capture)) or content_hash(capture.path)
+    except UnreadableFile:
+        return None
+
+
+def _insert_captures(
+    connection: duckdb.DuckDBPyConnection,
+    entries: Sequence[CatalogEntry],
+    hashes: Mapping[tuple[Any, ...], str],
+    current: bool,
+) -> None:
     rows = []
     for entry in entries:
         capture, stats = entry.capture, entry.capture.stats
@@ -160,6 +196,7 @@ def _insert_captures(connection: duckdb.DuckDBPyConnection, entries: Sequence[Ca
                 stats.rows_captured, stats.rows_reused, stats.tokens_captured, stats.seconds, stats.tokens_per_second,
                 capture.teacher["name"], capture.teacher["revision"], capture.identity.get("dtype"),
                 json.dumps(capture.identity["targets"]), list(capture.derived_from), capture.created,
+                _sha256(capture, hashes),
             ]
         )  # fmt: skip
     if rows:

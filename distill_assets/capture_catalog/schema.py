@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 TABLES = """
 CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
@@ -22,7 +22,7 @@ CREATE TABLE capture_files (
     truncated_rows INTEGER, bad_rows INTEGER, rows_without_target INTEGER,
     rows_captured INTEGER, rows_reused INTEGER, tokens_captured BIGINT, seconds DOUBLE, tokens_per_second DOUBLE,
     teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, derived_from VARCHAR[],
-    created TIMESTAMPTZ
+    created TIMESTAMPTZ, sha256 VARCHAR
 );
 CREATE TABLE examples (
     shard VARCHAR, row INTEGER, key VARCHAR, id VARCHAR, capture_id VARCHAR, version VARCHAR,
