@@ -6,7 +6,6 @@ ones are there. A student that is kept keeps its record of what it learnt from, 
 captures are kept.
 """
 
-import errno
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ import dagster as dg
 
 from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.foundation.errors import HomeError, StaleInputs
-from distill_assets.foundation.files import leftovers, remove, size_of
+from distill_assets.foundation.files import leftovers, remove, remove_empty, size_of
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
@@ -97,19 +96,10 @@ def _remove(pipeline: Pipeline, found: GarbageReport) -> GarbageReport:
         pipeline.refresh_catalog(without=frozenset(removal.path for removal in found.removed))
     for removal in found.removed:
         if removal.kind == "folder":
-            _remove_empty(removal.path)
+            remove_empty(removal.path)
         else:
             remove(removal.path)
     return GarbageReport(found.removed, found.kept, dry_run=False)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Somebody else may have put something in since it was looked at: then it stays."""
-    try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
 
 
 def _captures(pipeline: Pipeline, imported: bool, kept: list[str]) -> Iterator[Removal]:
