@@ -187,6 +187,7 @@ def test_weights_that_are_no_numbers_and_a_renamed_student(home: Home) -> None:
     assert found(home) == [
         ("damaged", below(home, first / "model.safetensors")),
         ("mismatch", below(home, renamed)),
+        ("missing", below(home, second)),
         ("orphaned", "students/notes"),
     ]
 
