@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.read import count_lines, read_json_lines
 from distill_assets.dataset_shards.rows import BadRow
-from distill_assets.foundation.errors import InterchangeError
+from distill_assets.foundation.errors import CaptureError, InterchangeError
 from distill_assets.foundation.files import PARTIAL, replacing
 from distill_assets.foundation.fingerprints import content_hash, digest
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -95,7 +95,7 @@ def import_jsonl(
         _require_aligned(source, aligned)
         version = content_hash(staged.shard)
         identity = staged.identity(spec)
-        before = None if replace else _imported_before(store.pinned_path(key, version))
+        before = None if replace else _imported_before(store.pinned_path(key, version), digest(identity))
         capture = before if before and before.capture_id == digest(identity) else None
         same_shard = shard_file.exists() and content_hash(shard_file) == version
         if not replace:
@@ -134,11 +134,17 @@ def _rows(source: Path, foreign: ForeignRows, on_progress: ProgressListener) -> 
         yield row
 
 
-def _imported_before(path: Path) -> Capture | None:
-    """The capture at `path`, read to its last byte; a damaged one serves nobody, and is none."""
-    if not path.exists() or any(inspect_capture(path, n_ids=None)):
+def _imported_before(path: Path, capture_id: str) -> Capture | None:
+    """The capture at `path`. Of what is to be imported now it must be whole, read to its last byte: else it is
+    none, and made again.
+    """
+    try:
+        found = read_capture(path) if path.exists() else None
+    except CaptureError:
         return None
-    return read_capture(path)
+    if found and found.capture_id == capture_id and any(inspect_capture(path, n_ids=None)):
+        return None
+    return found
 
 
 def _require_free(
