@@ -209,7 +209,7 @@ def test_an_import_belongs_to_its_content_whatever_the_shard_is_called(home: Pat
         return [removal.path for removal in found.removed], " ".join(found.kept)
 
     for imported in (False, True):
-        assert gone(imported)[0] == []
+        assert gone(imported)[0] == [] and "imported captures" not in gone(imported)[1]
     edit(home, data={"shards": "shards/s*"})
     assert gone(False)[0] == [] and "nobody can make them again; `distill gc --imported`" in gone(False)[1]
     assert gone(True)[0] == [] and "does not match their file" in gone(True)[1]
