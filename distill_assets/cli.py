@@ -326,7 +326,7 @@ def import_(
         typer.Option(help="aligned: T lists for T tokens; shifted: T - 1, without one for the last position."),
     ] = "aligned",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a shard that is there with other content.")
+        bool, typer.Option("--replace", help="Replace what is there: of other content, or damaged.")
     ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -421,6 +421,9 @@ def verify(home: HomeOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    imported: Annotated[
+        bool, typer.Option("--imported", help="Imported captures whose content no shard file has, too.")
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -428,7 +431,7 @@ def gc(
     leftovers."""
     from distill_assets.orchestration.garbage import collect_garbage
 
-    found = collect_garbage(find_home(home), dry_run)
+    found = collect_garbage(find_home(home), dry_run, imported)
     if as_json:
         print_json(found.to_json())
     else:

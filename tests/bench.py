@@ -1,8 +1,13 @@
-"""A home on the bench: its capture spec, shards and store, looked at anew each time."""
+"""A home on the bench: its capture spec, shards and store, looked at anew each time; edited, and put back."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
 
 from distill_assets.dataset_shards.discover import Shard, discover_shards
 from distill_assets.foundation.home import Home
@@ -25,3 +30,22 @@ class Bench:
     def shards(self) -> dict[str, Shard]:
         found = discover_shards(self.home.root, self.home.settings().data, self.home.hashes())
         return {shard.key: shard for shard in found.shards}
+
+
+def edit(root: Path, **sections: object) -> None:
+    """Change keys of sections of a home's distill.yaml."""
+    file = root / "distill.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name, section in sections.items():
+        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
+    file.write_text(yaml.safe_dump(settings))
+
+
+@contextmanager
+def put_back(root: Path) -> Iterator[None]:
+    """What happens to a home in the block is undone: its path is part of its catalog, so no copy would do."""
+    backup = root.with_name("backup")
+    shutil.copytree(root, backup, symlinks=True)
+    yield
+    shutil.rmtree(root)
+    backup.rename(root)

@@ -20,9 +20,9 @@ from filelock import FileLock
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import StudentLineage, read_lineages
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, UnreadableFile
 from distill_assets.foundation.files import disk_problem, replacing
-from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.fingerprints import content_hash, digest
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 HISTORY = "history"  # role of a capture that is not current
@@ -180,10 +180,12 @@ def _write_captures(
 ) -> int:
     """Make the catalog one of these captures; returns how many files were read for their examples."""
     listed = connection.execute(
-        "SELECT path, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00'), bytes, number FROM capture_files"
+        "SELECT path, capture_id, version, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00'), bytes, seconds, teacher, "
+        "number, sha256 FROM capture_files"
     ).fetchall()
-    known = {tuple(file): number for *file, number in listed}
-    numbers = {entry.capture: known.get(_file(entry.capture)) for entry in (*entries, *history)}
+    known = {(*Path(path).parts[-2:], *described): number for path, *described, number, _ in listed}
+    hashes = {number: sha256 for *_, number, sha256 in listed}
+    numbers = {entry.capture: known.get(_file_key(entry.capture)) for entry in (*entries, *history)}
     gone = set(known.values()) - set(numbers.values())
     if gone:
         connection.execute("DELETE FROM capture_examples WHERE capture IN (SELECT unnest(?))", [sorted(gone)])
@@ -199,14 +201,26 @@ def _write_captures(
                 if entry.role != HISTORY or disk_problem(error):
                     raise
                 continue  # a damaged superseded file serves nobody and stops nobody
-        rows.append(_row(number, entry))
+        rows.append(_row(number, hashes.get(number) or _sha256(entry.capture), entry))
     connection.execute("DELETE FROM capture_files")
     _insert(connection, "capture_files", rows)
     return read
 
 
-def _file(capture: Capture) -> tuple[str, str, int]:
-    return str(capture.path), capture.created, capture.bytes
+def _file_key(capture: Capture) -> tuple[Any, ...]:
+    """What tells one making of a capture file from another, without reading it; the home may be moved."""
+    described = (capture.capture_id, capture.version, capture.created, capture.bytes)
+    return (*capture.path.parts[-2:], *described, capture.stats.seconds, capture.teacher["name"])
+
+
+def _sha256(capture: Capture) -> str | None:
+    """Of the file as it was when it came into the catalog, so that bytes that change later show; None when it cannot
+    be read.
+    """
+    try:
+        return content_hash(capture.path)
+    except UnreadableFile:
+        return None
 
 
 def _insert_examples(connection: duckdb.DuckDBPyConnection, number: int, capture: Capture) -> None:
@@ -214,7 +228,7 @@ def _insert_examples(connection: duckdb.DuckDBPyConnection, number: int, capture
     connection.execute(statement, {"path": str(capture.path), "number": number})
 
 
-def _row(number: int, entry: CatalogEntry) -> dict[str, Any]:
+def _row(number: int, sha256: str | None, entry: CatalogEntry) -> dict[str, Any]:
     capture, stats = entry.capture, entry.capture.stats
     return {
         "number": number, "shard": capture.shard, "role": entry.role, "capture_id": capture.capture_id,
@@ -229,7 +243,7 @@ def _row(number: int, entry: CatalogEntry) -> dict[str, Any]:
         "tokens_per_second": stats.tokens_per_second, "teacher": capture.teacher["name"],
         "teacher_revision": capture.teacher["revision"], "dtype": capture.identity.get("dtype"),
         "targets": json.dumps(capture.identity["targets"]), "derived_from": list(capture.derived_from),
-        "created": capture.created,
+        "created": capture.created, "sha256": sha256,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ CREATE TABLE capture_files (
     truncated_rows INTEGER, bad_rows INTEGER, rows_without_target INTEGER,
     rows_captured INTEGER, rows_reused INTEGER, tokens_captured BIGINT, seconds DOUBLE, tokens_per_second DOUBLE,
     teacher VARCHAR, teacher_revision VARCHAR, dtype VARCHAR, targets VARCHAR, derived_from VARCHAR[],
-    created TIMESTAMPTZ
+    created TIMESTAMPTZ, sha256 VARCHAR
 );
 CREATE TABLE capture_examples (
     capture INTEGER, row INTEGER, key VARCHAR, key_start UINTEGER, id VARCHAR,

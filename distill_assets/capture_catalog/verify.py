@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import duckdb
 import pyarrow.parquet as pq
 
 from distill_assets.capture_catalog import schema
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.capture_catalog.lineage import read_lineages
+from distill_assets.foundation.errors import CaptureError, UnreadableFile
+from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.problems import FileListener, Problem
-from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.store import IMPORT_AGAIN, IMPORTED, Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.verify import AGAIN, GC
 
 ANEW = "delete it, then `distill run` builds it anew"
 _TABLES = re.findall(r"CREATE TABLE (\w+)", schema.TABLES)
 _BLOCK = 10_000  # rows of a table that are in memory at once
+_Learnt = tuple[str | None, set[tuple[Any, ...]]]  # a student's kind, and the captures it learnt from
 
 
 def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
@@ -51,12 +55,19 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
 
 
 def verify_catalog(
-    catalog: Path, store: CaptureStore, current: Sequence[Capture], is_current: bool, on_file: FileListener
+    catalog: Path,
+    store: CaptureStore,
+    students: Path,
+    current: Sequence[Capture],
+    is_current: bool,
+    damaged: Collection[Path],
+    on_file: FileListener,
 ) -> Iterator[Problem]:
-    """Problems of the catalog: every table is read, every capture it lists is looked for.
+    """Problems of the catalog: every table is read, every capture and student it lists is looked for, and every
+    byte of the captures compared with those it was told of.
 
     `is_current`: it claims to describe the captures in `current`, so it must list them. One that does not is
-    merely behind, and what it lists must be there all the same.
+    merely behind, and what it lists must be there all the same. Of the files in `damaged` that was said already.
     """
     if not catalog.exists():
         if current:
@@ -68,6 +79,7 @@ def verify_catalog(
             _read_every_table(connection)
             meta = connection.execute("SELECT schema_version, home FROM catalog_meta").fetchall()
             listed = _captures_listed(connection)
+            learnt = _students_listed(connection)
     except duckdb.Error as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         yield Problem("damaged", catalog, f"cannot be read ({reason}); {ANEW}")
@@ -77,7 +89,8 @@ def verify_catalog(
         yield Problem("mismatch", catalog, f"{reason} (was the home moved?); `distill run` builds it anew")
         return
     for row in listed:
-        yield from _verify_listed(catalog, store, row)
+        yield from _verify_listed(catalog, store, row, damaged)
+    yield from _verify_students(catalog, students, learnt)
     if is_current:
         for reason in compare_with_store(catalog, current):
             yield Problem("mismatch", catalog, f"{reason}; {ANEW}")
@@ -93,16 +106,18 @@ def _read_every_table(connection: duckdb.DuckDBPyConnection) -> None:
 def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     cursor = connection.execute(
         "SELECT path, capture_id, shard, version, current, bytes, examples, tokens, supervised_tokens, kept_ids, "
-        "teacher, strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00') AS created FROM capture_files"
+        "sha256, teacher, strftime(timezone('UTC', created), '%Y-%m-%dT%H:%M:%S+00:00') AS created FROM capture_files"
     )
     names = [column[0] for column in cursor.description or []]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def _verify_listed(catalog: Path, store: CaptureStore, listed: dict[str, Any]) -> Iterator[Problem]:
+def _verify_listed(
+    catalog: Path, store: CaptureStore, listed: dict[str, Any], damaged: Collection[Path]
+) -> Iterator[Problem]:
     """A line of the catalog against its file."""
-    # By name, for a home may have been moved; imported captures lie in a folder that is not their id.
-    path = store.path_of(Path(listed["path"]).parent.name, listed["shard"], listed["version"])
+    # By name, for a home may be reached by another path; imported captures may have another shard's.
+    path = store.root.joinpath(*Path(listed["path"]).parts[-2:])
     if not path.exists():
         remedy = (
             "`distill run` makes it again if its shard is still there"
@@ -130,3 +145,41 @@ def _verify_listed(catalog: Path, store: CaptureStore, listed: dict[str, Any]) -
             remedy = f"delete {catalog.name}, then `distill run` builds it anew"
             yield Problem("mismatch", path, f"{name} is {value}, the catalog says {listed[name]}; {remedy}")
             return
+    if path in damaged:
+        return
+    remedy = IMPORT_AGAIN if path.parent.name == IMPORTED else AGAIN if listed["current"] else GC
+    try:
+        if listed["sha256"] not in (None, content_hash(path)):
+            yield Problem("damaged", path, f"its bytes are not those that the catalog was told of; {remedy}")
+    except UnreadableFile as error:
+        yield Problem("damaged", path, f"cannot be read ({error}); {remedy}")
+
+
+def _students_listed(connection: duckdb.DuckDBPyConnection) -> dict[str, _Learnt]:
+    kinds = dict(connection.execute("SELECT student_id, kind FROM students").fetchall())
+    used: dict[str, set[tuple[Any, ...]]] = {name: set() for name in kinds}
+    for name, *capture in connection.execute(
+        "SELECT student_id, shard, version, capture_id, examples FROM student_captures"
+    ).fetchall():
+        used.setdefault(name, set()).add(tuple(capture))
+    return {name: (kinds.get(name), captures) for name, captures in used.items()}
+
+
+def _verify_students(catalog: Path, students: Path, listed: dict[str, _Learnt]) -> Iterator[Problem]:
+    """Students of the catalog against their folders. One that it does not list was trained, or its removal cut
+    off, a moment after it was written.
+    """
+    found: dict[str, _Learnt] = {
+        lineage.student_id: (lineage.kind, set(lineage.captures)) for lineage in read_lineages(students)
+    }
+    for name, lineage in listed.items():
+        folder = students / name
+        if not folder.exists():
+            remedy = "`distill run` trains it again if it is still wanted, else `distill gc` takes it off the list"
+            yield Problem("missing", folder, f"the catalog lists it; {remedy}")
+        elif name in found and found[name] != lineage:  # a record that cannot be read is said where it was read
+            yield Problem(
+                "mismatch",
+                catalog,
+                f"it says that student {name} learnt from other captures than its record does; {ANEW}",
+            )

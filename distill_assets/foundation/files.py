@@ -149,6 +149,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder, unless somebody has put something into it."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
 def disk_problem(error: BaseException) -> str | None:
     """What a full or failing disk said, wherever in the chain of causes it stands; None for any other error.
 

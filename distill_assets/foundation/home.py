@@ -9,6 +9,7 @@ from pathlib import Path
 from distill_assets.foundation.errors import HomeError
 from distill_assets.foundation.files import sweep, write_text
 from distill_assets.foundation.fingerprints import HashCache
+from distill_assets.foundation.home_lock import HomeLock
 from distill_assets.foundation.settings import SETTINGS_FILE, Settings, load_settings
 
 HOME_VARIABLE = "DISTILL_HOME"
@@ -80,6 +81,11 @@ class Home:
     @property
     def dagster(self) -> Path:
         return self.root / "dagster"
+
+    @property
+    def in_use(self) -> HomeLock:
+        """Shared by all who write into this home, and held alone by who removes something from it."""
+        return HomeLock(self.dagster / "in_use.lock")
 
     def settings(self) -> Settings:
         """distill.yaml as it is now; never remembered, so an edit is seen at the next call."""

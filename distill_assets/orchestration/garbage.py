@@ -1,33 +1,28 @@
 """`distill gc`: removes what nothing of a home refers to, and nothing it did not make.
 
 Captures go when they were superseded, or their shard is gone, and no shard that is still to be captured
-would copy rows from them. Students and reports go once the current ones are there, and comparisons with
-them. A student that is kept keeps its record of what it learnt from, whether or not those captures are kept.
+would copy rows from them. Imported ones go only when asked for. Students and reports go once the current
+ones are there, and comparisons with them. A student that is kept keeps its record of what it learnt from,
+whether or not those captures are kept.
 """
 
-import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import dagster as dg
 
+from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.foundation.errors import HomeError, StaleInputs
-from distill_assets.foundation.files import leftovers, remove, size_of
+from distill_assets.foundation.files import leftovers, remove, remove_empty, size_of
+from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.home import Home
-from distill_assets.orchestration.assets import GPU_POOL, PROCESS
-from distill_assets.orchestration.instance import (
-    close_dead_runs,
-    open_instance,
-    process_mark,
-    process_tags,
-    under_way,
-)
+from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
-from distill_assets.teacher_capture.contents import Needs, contents, is_ours
+from distill_assets.teacher_capture.contents import Item, Needs, contents, is_ours
 
 
 @dataclass(frozen=True)
@@ -57,41 +52,29 @@ class GarbageReport:
         return {**asdict(self), "bytes": self.bytes}
 
 
-def collect_garbage(home: Home, dry_run: bool) -> GarbageReport:
-    """Remove what nothing refers to; with `dry_run` only say what that is.
+def collect_garbage(home: Home, dry_run: bool, imported: bool = False) -> GarbageReport:
+    """Remove what nothing refers to; with `dry_run` only say what that is. `imported`: of imported captures
+    those whose content no shard file has, too.
 
     StaleInputs when no shard matches; SettingsError or ModelError when settings or teacher cannot be read;
-    HomeError while a run is under way. It holds the slot of the GPU pool as a run of its own, so that a run
-    that starts meanwhile looks at the store only afterwards.
+    HomeError while anything else is under way. It has the home's lock alone, so that what starts meanwhile
+    looks at the store only afterwards.
     """
     with open_instance(home) as instance:
         close_dead_runs(instance)
-        _require_quiet(instance)
-        if dry_run:
-            return _look(home)[1]
-        done: list[GarbageReport] = []
-
-        @dg.op(pool=GPU_POOL, required_resource_keys=PROCESS)
-        def remove_what_nothing_refers_to(context: dg.OpExecutionContext) -> None:
-            _require_quiet(context.instance, besides=context.run_id)
-            done.append(_remove(home))
-
-        @dg.job(resource_defs={"process_mark": process_mark})
-        def gc() -> None:
-            remove_what_nothing_refers_to()
-
-        run_id = str(uuid.uuid4())
-        quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-        gc.execute_in_process(instance=instance, run_id=run_id, run_config=quiet, tags=process_tags(run_id))
-        return done[0]
+        _require_quiet(instance)  # before the lock, for it can name the run
+        with home.in_use.alone():
+            _require_quiet(instance)
+            pipeline, found = _look(home, imported)
+            return found if dry_run else _remove(pipeline, found)
 
 
-def _require_quiet(instance: dg.DagsterInstance, besides: str = "") -> None:
-    if running := under_way(instance, besides):
+def _require_quiet(instance: dg.DagsterInstance) -> None:
+    if running := under_way(instance):
         raise HomeError(f"{running} is under way in this home, so nothing is removed; wait for it, or cancel it")
 
 
-def _look(home: Home) -> tuple[Pipeline, GarbageReport]:
+def _look(home: Home, imported: bool) -> tuple[Pipeline, GarbageReport]:
     pipeline = Pipeline(home)
     if not pipeline.shards:
         raise StaleInputs(
@@ -99,25 +82,27 @@ def _look(home: Home) -> tuple[Pipeline, GarbageReport]:
             "mend the pattern, or delete the folders by hand"
         )
     kept: list[str] = []
-    removals = [*_captures(pipeline, kept), *_students_and_reports(pipeline, kept)]
+    removals = [*_captures(pipeline, imported, kept), *_students_and_reports(pipeline, kept)]
     for folder in home.kept_clean:
         removals += [Removal("leftover", path, size_of(path)) for path in leftovers(folder)]
     return pipeline, GarbageReport(tuple(removals), tuple(kept), dry_run=True)
 
 
-def _remove(home: Home) -> GarbageReport:
+def _remove(pipeline: Pipeline, found: GarbageReport) -> GarbageReport:
     """The catalog forgets first: a kill then leaves files that the next call removes, and nothing listed that
     is gone.
     """
-    pipeline, found = _look(home)
-    if home.catalog.exists():
+    if pipeline.home.catalog.exists():
         pipeline.refresh_catalog(without=frozenset(removal.path for removal in found.removed))
     for removal in found.removed:
-        remove(removal.path)
+        if removal.kind == "folder":
+            remove_empty(removal.path)
+        else:
+            remove(removal.path)
     return GarbageReport(found.removed, found.kept, dry_run=False)
 
 
-def _captures(pipeline: Pipeline, kept: list[str]) -> Iterator[Removal]:
+def _captures(pipeline: Pipeline, imported: bool, kept: list[str]) -> Iterator[Removal]:
     if _is_link(pipeline.home.captures, kept):
         return
     if pipeline.uncaptured:
@@ -126,9 +111,38 @@ def _captures(pipeline: Pipeline, kept: list[str]) -> Iterator[Removal]:
     for capture_id, group in groupby(contents(pipeline.store.root), key=lambda item: item.capture_id):
         items = list(group)
         unneeded = [item for item in items if item not in needs]
+        if imports := [item for item in unneeded if item.kind == "capture" and item.is_imported]:
+            spared = _spared(pipeline, imports, imported, kept)
+            unneeded = [item for item in unneeded if item not in spared]
         yield from (Removal(i.kind, i.path, size_of(i.path)) for i in unneeded if i.kind != "empty")
         if capture_id and len(unneeded) == len(items):
             yield Removal("folder", pipeline.store.root / capture_id, 0)
+
+
+def _spared(pipeline: Pipeline, imports: Collection[Item], imported: bool, kept: list[str]) -> Collection[Item]:
+    """Those of the imported captures that stay though no shard has their content. Nobody could make them again, so
+    they go only when asked for, and not while a file beside the shards that data.shards does not match has it.
+    """
+    if not imported:
+        kept.append(
+            f"imported captures whose content no shard has ({len(imports)}, the first is {next(iter(imports)).path}): "
+            "nobody can make them again; `distill gc --imported` removes them"
+        )
+        return imports
+    data = pipeline.settings.data
+    everything = data.model_copy(
+        update={"shards": str(PurePath(data.shards).with_name("*")), "heldout": [], "validation": []}
+    )
+    beside = discover_shards(pipeline.home.root, everything, pipeline.hashes)
+    versions = {shard.version[:SHORT] for shard in beside.shards}
+    unknown = {problem.key for problem in beside.problems}
+    spared = [item for item in imports if item.version in versions or item.shard in unknown]
+    if spared:
+        kept.append(
+            f"imported captures whose rows lie beside the shards ({len(spared)}, the first is {spared[0].path}): "
+            f"data.shards ({data.shards}) does not match their file"
+        )
+    return spared
 
 
 def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Removal]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -11,7 +12,7 @@ import psutil
 from dagster import DagsterRunStatus, RunsFilter
 from filelock import FileLock
 
-from distill_assets.foundation.home import DAGSTER_VARIABLE, HOME_VARIABLE, Home
+from distill_assets.foundation.home import DAGSTER_VARIABLE, HOME_VARIABLE, Home, find_home
 
 # A run in one of these may still record something.
 UNFINISHED = [
@@ -58,11 +59,16 @@ def process_tags(run_id: str) -> dict[str, str]:
     return {HOST_TAG: _host(), PROCESS_TAG: f"{run_id}@{process.pid}@{process.create_time():.2f}"}
 
 
-@dg.resource(description="Writes down which process runs a run, so that a dead one can be told from a live one.")
-def process_mark(context: dg.InitResourceContext) -> None:
+@dg.resource(
+    description="Writes down which process runs a run, so that a dead one can be told from a live one, and keeps "
+    "`distill gc` out of the home until it ends."
+)
+def process_mark(context: dg.InitResourceContext) -> Iterator[None]:
     """Initialised before the first step waits for a pool slot, however the run was started."""
     if context.instance is not None and context.run is not None:
         context.instance.add_run_tags(context.run.run_id, process_tags(context.run.run_id))
+    with find_home().in_use.shared():
+        yield
 
 
 def holder_of(instance: dg.DagsterInstance, pool: str) -> str | None:

@@ -149,16 +149,17 @@ class Pipeline:
     ) -> ImportReport:
         """Make another engine's log-probabilities the shard `key` and its pinned capture."""
         shard_file = place_of_shard(self.home.root, self.settings.data, key)
-        return import_jsonl(
-            source,
-            key,
-            self.spec,
-            self.store,
-            shard_file,
-            shifted=shifted,
-            replace=replace,
-            on_progress=on_progress,
-        )
+        with self.home.in_use.shared():
+            return import_jsonl(
+                source,
+                key,
+                self.spec,
+                self.store,
+                shard_file,
+                shifted=shifted,
+                replace=replace,
+                on_progress=on_progress,
+            )
 
     @cached_property
     def entries(self) -> tuple[CatalogEntry, ...]:

@@ -2,18 +2,23 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
+
 from distill_assets.capture_catalog.verify import verify_catalog
+from distill_assets.foundation.errors import DistillError
 from distill_assets.foundation.files import leftovers
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
+from distill_assets.orchestration.partitions import recorded_version
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
 from distill_assets.student_evaluation.verify import verify_reports
 from distill_assets.student_model.verify import verify_students
 from distill_assets.teacher_capture.verify import GC, verify_captures
@@ -36,10 +41,17 @@ def verify(home: Home, on_progress: ProgressListener = ignore_progress) -> Verif
     """
     with open_instance(home) as instance:
         close_dead_runs(instance)
-        busy = under_way(instance) is not None
-    pipeline = Pipeline(home)
-    counted = _Counter(home, on_progress)
-    return VerifyReport(tuple(_problems(pipeline, busy, counted.read)), counted.files)
+        pipeline = Pipeline(home)
+        counted = _Counter(home, on_progress)
+
+        def is_busy() -> bool:
+            return home.in_use.is_held() or under_way(instance) is not None
+
+        problems = [
+            *_problems(pipeline, is_busy, counted.read),
+            *_missing(AssetStates(pipeline), instance),
+        ]
+    return VerifyReport(tuple(problems), counted.files)
 
 
 class _Counter:
@@ -56,11 +68,19 @@ class _Counter:
         self.files += 1
 
 
-def _problems(pipeline: Pipeline, busy: bool, on_file: FileListener) -> Iterator[Problem]:
+def _problems(pipeline: Pipeline, is_busy: Callable[[], bool], on_file: FileListener) -> Iterator[Problem]:
     home = pipeline.home
-    yield from verify_captures(pipeline.spec, pipeline.discovery, pipeline.store, busy, on_file)
-    captures = [entry.capture for entry in pipeline.entries]
-    yield from verify_catalog(home.catalog, pipeline.store, captures, pipeline.catalog_is_current, on_file)
+    of_captures = list(verify_captures(pipeline.spec, pipeline.discovery, pipeline.store, is_busy, on_file))
+    yield from of_captures
+    yield from verify_catalog(
+        home.catalog,
+        pipeline.store,
+        home.students,
+        [entry.capture for entry in pipeline.entries],
+        pipeline.catalog_is_current,
+        {problem.path for problem in of_captures},
+        on_file,
+    )
     yield from verify_students(home.students, on_file)
     yield from verify_reports(home.reports, on_file)
     if home.tokenizer_report.exists():
@@ -69,7 +89,25 @@ def _problems(pipeline: Pipeline, busy: bool, on_file: FileListener) -> Iterator
             json.loads(home.tokenizer_report.read_bytes())
         except ValueError as error:
             yield Problem("damaged", home.tokenizer_report, f"not JSON ({error}); `distill run` writes it again")
-    if not busy:
+    if not is_busy():
         for folder in home.kept_clean:
             for path in leftovers(folder):
                 yield Problem("orphaned", path, f"left by a process that was killed; {GC}")
+
+
+def _missing(states: AssetStates, instance: dg.DagsterInstance) -> Iterator[Problem]:
+    """What Dagster's last record says was made, would be made the same now, and is gone."""
+    home = states.pipeline.home
+    for asset, place in (
+        ("tokenizer_compatibility", lambda version: home.tokenizer_report),
+        ("student_evaluation", lambda version: home.reports / version),
+    ):
+        recorded = recorded_version(instance, asset)
+        if recorded is None or (path := place(recorded)).exists():
+            continue
+        try:
+            is_wanted = states.data_version(asset) == recorded
+        except DistillError:  # what it is made from is not there, so nothing would be made now
+            continue
+        if is_wanted:
+            yield Problem("missing", path, "it was made, and nothing has changed since; `distill run` makes it again")

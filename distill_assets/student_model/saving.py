@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
+from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.language_model import quiet_transformers
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
 from distill_assets.student_model.identity import StudentKind
@@ -101,6 +102,7 @@ class StudentRecord:
     report: StudentReport
     created: str  # UTC, ISO 8601; for people, part of no identity
     tools: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by file; of older students none is known
 
 
 _RECORD = TypeAdapter(StudentRecord)
@@ -111,11 +113,13 @@ def save_student(
 ) -> None:
     """Write weights, tokenizer, record and model card to `folder`; an interrupt leaves what was there."""
     tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
-    record = StudentRecord(spec, report, datetime.now(UTC).isoformat(timespec="seconds"), tools)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     with replacing_folder(folder) as beside:
         with quiet_transformers():
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
+        weights = {file.name: content_hash(file) for file in sorted(beside.glob("*.safetensors"))}
+        record = StudentRecord(spec, report, created, tools, weights)
         write_json(beside / RECORD_FILE, _RECORD.dump_python(record, mode="json"))
         write_text(beside / "README.md", _model_card(record))
 

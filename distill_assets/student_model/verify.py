@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distill_assets.foundation.errors import ModelError, TrainingError
+from distill_assets.foundation.errors import ModelError, TrainingError, UnreadableFile
 from distill_assets.foundation.files import PARTIAL
+from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.language_model import load_tokenizer
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.problems import FileListener, Problem
@@ -19,8 +20,8 @@ AGAIN = "delete the folder, then `distill run` trains it again if it is still wa
 
 
 def verify_students(students: Path, on_file: FileListener) -> Iterator[Problem]:
-    """Problems of the folders in `students/`, current or not. Safetensors hold no checksums: a weight that
-    changed on disk shows only where it is no number any more.
+    """Problems of the folders in `students/`, current or not. Safetensors hold no checksums, so the record does;
+    of a student whose record has none a changed weight shows only where it is no number any more.
     """
     for folder in sorted(students.glob("*")):
         if folder.name.startswith(PARTIAL):
@@ -34,8 +35,8 @@ def verify_students(students: Path, on_file: FileListener) -> Iterator[Problem]:
 
 def _verify_student(folder: Path, on_file: FileListener) -> Iterator[Problem]:
     try:
-        named = read_student(folder).spec.student_id
-        if named != folder.name:
+        record = read_student(folder)
+        if (named := record.spec.student_id) != folder.name:
             yield Problem("mismatch", folder, f"by its {RECORD_FILE} it is student {named}; {AGAIN}")
         saved = ModelFolder(folder.name, folder, None)
         saved.config()
@@ -47,17 +48,19 @@ def _verify_student(folder: Path, on_file: FileListener) -> Iterator[Problem]:
         return
     for file in files:
         on_file(file)
-        if (found := _weights_problem(file)) is not None:
+        if (found := _weights_problem(file, record.weights.get(file.name))) is not None:
             yield Problem("damaged", file, f"{found}; {AGAIN}")
 
 
-def _weights_problem(file: Path) -> str | None:
-    """Reads the file tensor by tensor; its header says how long it must be."""
+def _weights_problem(file: Path, sha256: str | None) -> str | None:
+    """Reads the file tensor by tensor; its header says how long it must be. `sha256`: as it was written, if known."""
     try:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (a handle, not a mapping)
                 if not torch.isfinite(weights.get_tensor(name)).all():
                     return f"weights {name} are not finite"
-    except (OSError, SafetensorError) as error:
+        if sha256 is not None and content_hash(file) != sha256:
+            return f"its bytes are not those that were written ({RECORD_FILE} has their SHA-256)"
+    except (OSError, SafetensorError, UnreadableFile) as error:
         return f"cannot be read to its end ({error})"
     return None

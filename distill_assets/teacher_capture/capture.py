@@ -142,7 +142,7 @@ def _capture(
                     scored = _score(teacher, chunk.start, fresh, spec.targets, finished, planned, meter)
                 targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
                 derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
-                rows = [_captured(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
+                rows = [CapturedRow.of(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
                 tokens = sum(len(row.input_ids) for row in fresh)
                 cost = Cost(len(fresh), tokens, time.monotonic() - began)
                 writer.write(chunk, rows, cost, derived_from)
@@ -231,18 +231,6 @@ def _score(
                 raise
             finished.reduce_forward_tokens(start, planned, budget // 2)
             meter.note = f"memory ran out: {budget // 2:,} tokens a pass"
-
-
-def _captured(number: int, row: EncodedRow, targets: SparseTargets) -> CapturedRow:
-    return CapturedRow(
-        row=number,
-        key=row.key,
-        id=row.id,
-        input_ids=row.input_ids,
-        weight=row.weight,
-        truncated=row.truncated,
-        targets=targets,
-    )
 
 
 def _footer(spec: CaptureSpec, shard: Shard) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What lies in `captures/`, and what of it nothing needs.
 
 Needed are the current captures, and whatever a capture that is still to be made would copy rows from:
-files that hold rows of a shard without a current capture. Links are never followed.
+files that hold rows of a shard without a current capture. Of imported captures those whose content a shard
+has, whatever its name is now. Links are never followed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Item:
     capture_id: str = ""
     shard: str = ""
     version: str = ""  # its first SHORT digits
+
+    @property
+    def is_imported(self) -> bool:
+        return self.capture_id == IMPORTED
 
 
 def contents(root: Path) -> Iterator[Item]:
@@ -92,9 +97,9 @@ class Needs:
         self._uncaptured = [shard for shard in discovery.shards if not _is_captured(spec, shard, store)]
         self._contents = {(shard.key, shard.version[:SHORT]) for shard in discovery.shards}
         self._current = {store.path_of(spec.capture_id, shard.key, shard.version) for shard in discovery.shards}
-        # Nobody could make them again: they stay as long as there is a shard of their name.
-        self._pinned = {shard.key for shard in discovery.shards} | {problem.key for problem in discovery.problems}
-        self._to_copy_from = self._files_to_copy_from({problem.key for problem in discovery.problems})
+        self._versions = {version for _, version in self._contents}
+        self._unreadable = {problem.key for problem in discovery.problems}
+        self._to_copy_from = self._files_to_copy_from(self._unreadable)
         self._to_go_on_from = {store.unfinished(spec.capture_id, s.key, s.version) for s in self._uncaptured}
 
     def is_current(self, item: Item) -> bool:
@@ -107,8 +112,9 @@ class Needs:
         """
         if item.kind == "failure":
             return item.capture_id == self._spec.capture_id and (item.shard, item.version) in self._contents
-        if item.capture_id == IMPORTED:
-            return item.kind == "stranger" or (item.kind == "capture" and item.shard in self._pinned)
+        if item.is_imported:
+            pinned = item.version in self._versions or item.shard in self._unreadable
+            return item.kind == "stranger" or (item.kind == "capture" and pinned)
         if item.kind == "capture":
             return self.is_current(item) or item.path in self._to_copy_from
         if item.kind == "unfinished":

@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.encode import EncodedRow, Encoder
 from distill_assets.dataset_shards.rows import BadRow, Ids, parse_row
-from distill_assets.teacher_capture.sparse_targets import SparseTargets
+from distill_assets.teacher_capture.sparse_targets import LEAST_MASS, MOST_MASS, SparseTargets
 
 NEEDED = ("input_ids", "topk_ids", "topk_logprobs")
 OWN_KEYS = ("input_ids", "loss_mask", "id", "weight")  # what the shard's own row has
-MOST_MASS, LEAST_MASS = 1.04, 0.96  # of a position: log-probabilities rounded to 1/16 nat are off by 3%
 _ABOVE_ZERO = 1e-4  # nats that rounding may lift a log-probability above 0
 _ASCENT = 1e-6  # nats that an id may be likelier than the one before it
 _NO_MASS = 1e-6  # less than this is what float32 log-probabilities are off one, and no tail

@@ -34,7 +34,7 @@ from distill_assets.teacher_capture.checks import AlignedReport, count_aligned
 from distill_assets.teacher_capture.chunks import SHORT_LIVED, Cost, Figures, total_stats
 from distill_assets.teacher_capture.foreign_rows import ForeignRow, ForeignRows
 from distill_assets.teacher_capture.identity import FORMAT_VERSION, CaptureSpec
-from distill_assets.teacher_capture.inspection import capture_row_groups
+from distill_assets.teacher_capture.inspection import capture_row_groups, inspect_capture
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
@@ -75,7 +75,8 @@ def import_jsonl(
 
     Raises InterchangeError, naming the line, when a line cannot be used, when the lists belong to other
     positions than they stand at, and when other content is there already, unless `replace`; UnreadableFile
-    when `source` is gone or damaged. Then nothing changed.
+    when `source` is gone or damaged. Then nothing changed. A capture of this content that is damaged is replaced;
+    with `replace` the capture is written anew in any case, for some damage only the catalog knows of.
     At most `chunk_numbers` numbers, and those of one row, are in memory at once.
     """
     if spec.targets.kind != "top_k" or spec.targets.tail_samples:
@@ -94,10 +95,11 @@ def import_jsonl(
         _require_aligned(source, aligned)
         version = content_hash(staged.shard)
         identity = staged.identity(spec)
-        capture = _unchanged(store.pinned_path(key, version), digest(identity))
+        before = None if replace else _imported_before(store.pinned_path(key, version), digest(identity))
+        capture = before if before and before.capture_id == digest(identity) else None
         same_shard = shard_file.exists() and content_hash(shard_file) == version
         if not replace:
-            _require_free(key, shard_file, same_shard, store.pinned_path(key, version), capture)
+            _require_free(key, shard_file, same_shard, before, capture)
         written = capture is None or not same_shard
         if capture is None:
             footer = {
@@ -132,21 +134,27 @@ def _rows(source: Path, foreign: ForeignRows, on_progress: ProgressListener) -> 
         yield row
 
 
-def _unchanged(path: Path, capture_id: str) -> Capture | None:
-    """The capture at `path` if it is this one, whole."""
+def _imported_before(path: Path, capture_id: str) -> Capture | None:
+    """The capture at `path`. Of what is to be imported now it must be whole, read to its last byte: else it is
+    none, and made again.
+    """
     try:
-        capture = read_capture(path) if path.exists() else None
+        found = read_capture(path) if path.exists() else None
     except CaptureError:
         return None
-    return capture if capture and capture.capture_id == capture_id else None
+    if found and found.capture_id == capture_id and any(inspect_capture(path, n_ids=None)):
+        return None
+    return found
 
 
-def _require_free(key: str, shard_file: Path, same_shard: bool, pinned: Path, capture: Capture | None) -> None:
+def _require_free(
+    key: str, shard_file: Path, same_shard: bool, before: Capture | None, capture: Capture | None
+) -> None:
     """InterchangeError when rows or log-probabilities of other content are in the way."""
     if shard_file.exists() and not same_shard:
         other = f"shard {key} is there with other rows ({shard_file})"
-    elif pinned.exists() and capture is None:
-        other = f"shard {key} was imported before, with other log-probabilities ({pinned})"
+    elif before and capture is None:
+        other = f"shard {key} was imported before, with other log-probabilities ({before.path})"
     else:
         return
     raise InterchangeError(f"{other}; import with --replace to replace it, or give another --shard")
@@ -187,7 +195,7 @@ class _Staged:
             start = 0
             for chunk in chunks:
                 shard.writelines(json.dumps(row.own, ensure_ascii=False, separators=(",", ":")) + "\n" for row in chunk)
-                captured = [_captured(start + i, row) for i, row in enumerate(chunk)]
+                captured = [CapturedRow.of(start + i, row.encoded, row.targets) for i, row in enumerate(chunk)]
                 writer.write_table(to_arrow(captured, self.settings))
                 self.parts.append(Figures.of(captured, Cost(0, 0, 0.0)))
                 for row in chunk:
@@ -249,17 +257,4 @@ def _arrays(targets: SparseTargets) -> tuple[np.ndarray, ...]:
         targets.tail_logprob_P,
         targets.gold_logprob_P,
         targets.entropy_P,
-    )
-
-
-def _captured(number: int, row: ForeignRow) -> CapturedRow:
-    encoded = row.encoded
-    return CapturedRow(
-        row=number,
-        key=encoded.key,
-        id=encoded.id,
-        input_ids=encoded.input_ids,
-        weight=encoded.weight,
-        truncated=False,
-        targets=row.targets,
     )

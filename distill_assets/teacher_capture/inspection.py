@@ -24,11 +24,10 @@ from distill_assets.foundation.fingerprints import SHORT, digest
 from distill_assets.foundation.problems import ProblemKind
 from distill_assets.teacher_capture.arrow import from_arrow
 from distill_assets.teacher_capture.chunks import Cost, Figures, total_stats
-from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, read_capture
+from distill_assets.teacher_capture.sparse_targets import LEAST_MASS, ROUNDED_LOG_MASS, CapturedRow, SparseTargets
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, damaged, read_capture
 from distill_assets.teacher_capture.target_rules import TargetRules, position_rounding
 
-MOST_LOG_MASS = 0.05  # nats that the stored mass of a position may be off one: 1/32 of each id, less of the tail
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
 _COUNTED = ("rows", "tokens", "supervised_tokens", "kept_ids", "truncated_rows")
 _A_LIST_A_POSITION = ("support_ids", "support_q", "support_logprobs", "weights")
@@ -69,7 +68,7 @@ def capture_row_groups(path: Path) -> Iterator[list[CapturedRow]]:
                     raise CaptureError(f"{path}: row group {group}: {uneven} has not one entry a position")
                 yield from_arrow(table)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+        raise damaged(path, error) from error
 
 
 def _uneven_column(table: pa.Table) -> str | None:
@@ -147,10 +146,15 @@ def _targets_problem(targets: SparseTargets, n_ids: int | None, capture: Capture
             return f"{name} that is not a number"
     log_mass_P = targets.log_total_mass_P()
     off_P = np.abs(log_mass_P)
-    if (off_P > MOST_LOG_MASS).any():
+    if (off_P > _most_log_mass(capture)).any():
         worst = int(off_P.argmax())
         return f"position {targets.positions_P[worst]} holds a mass of {math.exp(log_mass_P[worst]):.3f}, not 1"
     return None
+
+
+def _most_log_mass(capture: Capture) -> float:
+    """Nats that the stored mass of a position may be off one: by rounding, and by what was taken in."""
+    return ROUNDED_LOG_MASS - (math.log(LEAST_MASS) if capture.is_imported else 0.0)
 
 
 def statistics_problem(capture: Capture, parts: Sequence[Figures]) -> str | None:

@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill_assets.dataset_shards.encode import EncodedRow
+
 LOGPROB_STEP = 1 / 16  # nats a step of the compact code; a byte reaches down to -15.94
+ROUNDED_LOG_MASS = 0.05  # nats that storage may move the mass of a position: half a step, and what saturates
+LEAST_MASS, MOST_MASS = 0.96, 1.04  # what a position of another engine may add up to: it may have rounded too
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,19 @@ class CapturedRow:
     weight: float
     truncated: bool
     targets: SparseTargets
+
+    @staticmethod
+    def of(number: int, encoded: EncodedRow, targets: SparseTargets) -> CapturedRow:
+        """The row `number` of a shard with its targets."""
+        return CapturedRow(
+            row=number,
+            key=encoded.key,
+            id=encoded.id,
+            input_ids=encoded.input_ids,
+            weight=encoded.weight,
+            truncated=encoded.truncated,
+            targets=targets,
+        )
 
 
 def encode_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -3,17 +3,19 @@
 The store is the truth; catalog and Dagster records describe it. A file's footer says what it is:
 identity, settings, what a position means, statistics, tool versions.
 
-Captures that were imported lie in `captures/imported/` and are pinned: what another engine said of a
-shard comes before what the teacher would say, and neither serves rows of the other.
+Captures that were imported lie in `captures/imported/` and are pinned to their content: what another engine
+said of it comes before what the teacher would say, under whatever name it lies among the shards, and neither
+serves rows of the other.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -37,9 +39,11 @@ if TYPE_CHECKING:
 FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
 IMPORTED = "imported"  # the folder of pinned captures, and the source their footers name
+IMPORT_AGAIN = "import it again (`distill import --replace`)"
 _UNFINISHED = ".unfinished-"
 LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
+_SETTLED_NS = 2_000_000_000  # a folder's time of change may be this coarse
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,13 @@ def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Captur
             derived_from=tuple(footer.get("derived_from", ())),
         )
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); `distill run` makes it again") from error
+        raise damaged(path, error, "`distill run` makes it again") from error
+
+
+def damaged(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
+    """What to say of a capture file that cannot be read. Nobody here could make an imported one again."""
+    mend = IMPORT_AGAIN if path.parent.name == IMPORTED else remedy
+    return CaptureError(f"{path}: damaged or unreadable ({error}); {mend}")
 
 
 def read_rows(path: Path) -> list[CapturedRow]:
@@ -140,7 +150,7 @@ def read_rows(path: Path) -> list[CapturedRow]:
     try:
         return from_arrow(pq.read_table(path, page_checksum_verification=True))
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+        raise damaged(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
                 for row in file.read_row_group(group, columns=["key", "weight"]).to_pylist()
             ]
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+        raise damaged(path, error) from error
 
 
 def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[CapturedRow]:
@@ -185,7 +195,7 @@ def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[Ca
             # Chosen before they become rows: a row is a view, and one would keep the whole group in memory.
             return from_arrow(table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys), pa.string()))))
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); delete it and run again") from error
+        raise damaged(path, error) from error
 
 
 class CaptureFile:
@@ -205,9 +215,15 @@ class CaptureFile:
         self._writer.add_key_value_metadata({FOOTER.decode(): json.dumps(content, ensure_ascii=False)})
 
 
-def _unpin(path: Path, problem: str) -> str:
-    shard = path.stem.rpartition("@")[0]
-    return f"{problem}; import it again, or delete {path.parent / shard}@*.parquet to let the teacher capture it"
+@dataclass(frozen=True)
+class _Imports:
+    """The imported captures by their names: shards, and files by the first SHORT digits of their version."""
+
+    shards: frozenset[str]
+    by_version: Mapping[str, tuple[Path, ...]]
+
+
+_imports: dict[Path, tuple[int, _Imports]] = {}  # by folder: when it last changed, and what was in it then
 
 
 class CaptureStore:
@@ -262,29 +278,66 @@ class CaptureStore:
         return found if found is None or spec.encoder.skips_bad_rows or not found.stats.bad_rows else None
 
     def is_pinned(self, shard: str) -> bool:
-        """Whether any content of this shard was imported: then the teacher never sees it."""
-        return shard in self.known_shards(IMPORTED)
+        """Whether any content of this shard was imported under this name: then the teacher never sees it."""
+        return shard in self._imported().shards
 
     def pinned(self, spec: CaptureSpec, shard: Shard) -> Capture | None:
-        """The imported capture of this very content, whatever the target settings; None for a shard that was never
-        imported, PinnedCapture when the import is of other content or another tokenizer, or damaged.
+        """The imported capture of this very content, whatever the target settings and whatever the shard's name was
+        when it was imported; None for a shard that was never imported. PinnedCapture when what was imported
+        under its name is of other content, and when the import is by another tokenizer, or damaged.
         """
-        path = self.pinned_path(shard.key, shard.version)
-        if not path.exists():
-            if self.is_pinned(shard.key):
-                raise PinnedCapture(
-                    _unpin(path, f"shard {shard.key} is not what was imported: {shard.path} was edited")
-                )
-            return None
-        try:
-            capture = read_capture(path)
-        except CaptureError as error:
-            raise PinnedCapture(_unpin(path, f"shard {shard.key} was imported, but {path} is damaged")) from error
-        if capture.identity["tokenizer"] != spec.identity["tokenizer"]:
+        found = self._imports_of(shard)
+        if not found and self.is_pinned(shard.key):
             raise PinnedCapture(
-                _unpin(path, f"shard {shard.key} was imported with another tokenizer than the home has now")
+                f"shard {shard.key} is not what was imported: {shard.path} was edited, or an import was cut off before "
+                f"it wrote it; {IMPORT_AGAIN}, or give the file another name to let the teacher capture it"
             )
-        return capture
+        if not found:
+            return None
+        if len({capture.capture_id for capture in found}) > 1:
+            names = " and ".join(capture.shard for capture in found)
+            raise PinnedCapture(
+                f"shard {shard.key} was imported as {names}, with different log-probabilities; {IMPORT_AGAIN} "
+                f"as {shard.key}"
+            )
+        if found[0].identity["tokenizer"] != spec.identity["tokenizer"]:
+            raise PinnedCapture(
+                f"shard {shard.key} was imported with another tokenizer than the home has now; {IMPORT_AGAIN}, "
+                f"or move {found[0].path} out of captures/ to let the teacher capture it"
+            )
+        return replace(found[0], shard=shard.key)
+
+    def _imports_of(self, shard: Shard) -> list[Capture]:
+        """Imported captures of a shard's content: the one of its name, else all; PinnedCapture when one is damaged."""
+        paths = self._imported().by_version.get(shard.version[:SHORT], ())
+        own = self.pinned_path(shard.key, shard.version)
+        found = []
+        for path in [own] if own in paths else paths:
+            try:
+                found.append(read_capture(path))
+            except CaptureError as error:
+                raise PinnedCapture(f"shard {shard.key} was imported, but {path} is damaged; {IMPORT_AGAIN}") from error
+        return [capture for capture in found if capture.version == shard.version]
+
+    def _imported(self) -> _Imports:
+        """What lies in `imported/`, listed anew only when the folder changed: whoever looks at all shards asks for
+        each.
+        """
+        folder = self.root / IMPORTED
+        try:
+            changed = folder.stat().st_mtime_ns
+        except OSError:
+            return _Imports(frozenset(), {})
+        if folder in _imports and _imports[folder][0] == changed:
+            return _imports[folder][1]
+        by_version: dict[str, tuple[Path, ...]] = {}
+        files = self.files(IMPORTED)
+        for (_, version), path in files.items():
+            by_version[version] = (*by_version.get(version, ()), path)
+        listed = _Imports(frozenset(shard for shard, _ in files), by_version)
+        if time.time_ns() - changed > _SETTLED_NS:  # else a file may yet come within the same tick
+            _imports[folder] = (changed, listed)
+        return listed
 
     def known_shards(self, capture_id: str) -> set[str]:
         """Shards of which any version was captured under this identity."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +13,10 @@ from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.teacher_capture.contents import Item, Needs, contents
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import inspect_capture
-from distill_assets.teacher_capture.store import CaptureStore, read_capture
+from distill_assets.teacher_capture.store import IMPORT_AGAIN, CaptureStore, read_capture
 
 GC = "`distill gc` removes it"
+AGAIN = "delete it, then `distill run` makes it again"
 _ORPHANS = {
     "leftover": "left by a process that was killed",
     "unfinished": "finished chunks that no shard on disk would go on from",
@@ -24,25 +25,28 @@ _ORPHANS = {
 
 
 def verify_captures(
-    spec: CaptureSpec, discovery: Discovery, store: CaptureStore, busy: bool, on_file: FileListener
+    spec: CaptureSpec, discovery: Discovery, store: CaptureStore, is_busy: Callable[[], bool], on_file: FileListener
 ) -> Iterator[Problem]:
     """Problems of `captures/`. Superseded captures are none; nor is a shard without a capture, which is to be
-    captured. `busy`: runs are under way, so what looks left over may be theirs.
+    captured; nor, while somebody works in the home, what looks left over: it may be theirs. `is_busy` is asked
+    last, for reading takes long: whoever ended meanwhile has taken away what was theirs.
     """
     needs = Needs(spec, discovery, store)
+    left = []
     for item in contents(store.root):
         if item.kind == "capture":
             on_file(item.path)
-            remedy = "delete it, then `distill run` makes it again" if needs.is_current(item) else GC
+            remedy = IMPORT_AGAIN if item.is_imported else AGAIN if needs.is_current(item) else GC
             for kind, reason in inspect_capture(item.path, _n_ids(spec, item)):
                 yield Problem(kind, item.path, f"{reason}; {remedy}")
         elif item.kind == "stranger":
             yield Problem("orphaned", item.path, "nothing of ours; move it out of captures/")
         elif item.kind in _ORPHANS and item not in needs:
-            if not busy:
-                yield Problem("orphaned", item.path, f"{_ORPHANS[item.kind]}; {GC}")
+            left.append(Problem("orphaned", item.path, f"{_ORPHANS[item.kind]}; {GC}"))
         elif item.kind == "unfinished":
             yield from _verify_chunks(item, on_file)
+    if not is_busy():
+        yield from (problem for problem in left if problem.path.exists())
 
 
 def _n_ids(spec: CaptureSpec, item: Item) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_assets.foundation.files import replacing, replacing_folder, sweep, write_json
+from distill_assets.foundation.files import remove_empty, replacing, replacing_folder, sweep, write_json
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
@@ -143,3 +143,13 @@ def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:
         (beside / "private").touch(mode=0o600)
     folder = tmp_path / "model"
     assert (folder / "private").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+
+
+def test_a_folder_that_filled_up_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    for folder in (full, empty):
+        folder.mkdir()
+    (full / "mine").write_text("kept")
+    for folder in (full, empty):
+        remove_empty(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"] and (full / "mine").read_text() == "kept"

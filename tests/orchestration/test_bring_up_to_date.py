@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
-import yaml
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.errors import (
@@ -30,6 +28,7 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.status import home_status
 from tests import tiny
+from tests.bench import edit, put_back
 
 WHOLE_RUN = [
     "tokenizer_compatibility",
@@ -41,14 +40,6 @@ WHOLE_RUN = [
     "control_student",
     "student_evaluation",
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +55,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path
 @pytest.fixture
 def fresh(made: Path) -> Iterator[Path]:
     """The home that was run once, put back as it was afterwards."""
-    backup = made.with_name("backup")
-    shutil.copytree(made, backup)
-    yield made
-    shutil.rmtree(made)
-    backup.rename(made)
+    with put_back(made):
+        yield made
 
 
 def run(root: Path, **options: object) -> RunReport:
     return bring_up_to_date(defs, Home(root), device="cpu", **options)  # type: ignore[arg-type]
-
-
-def edit(root: Path, **sections: object) -> None:
-    file = root / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name, section in sections.items():
-        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
-    file.write_text(yaml.safe_dump(settings))
 
 
 def shard(root: Path, key: str) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import duckdb
 import pytest
-import yaml
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.errors import HomeError, ModelError, SettingsError, StaleInputs
@@ -22,18 +21,12 @@ from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
 from distill_assets.orchestration.garbage import GarbageReport, collect_garbage
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.progress import shown_by
 from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
+from tests.bench import edit, put_back
 from tests.orchestration.test_two_runs import STUCK
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path
     bring_up_to_date(defs, Home(root), device="cpu")
     tiny.write_jsonl(root / "shards" / "s1.jsonl", tiny.example_rows(7, start=100))
     (root / "shards" / "s2.jsonl").unlink()
-    edit(Home(root), targets={"k": 6})
+    edit(root, targets={"k": 6})
     bring_up_to_date(defs, Home(root), device="cpu")
     return root
 
@@ -51,18 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path
 @pytest.fixture
 def home(made: Path) -> Iterator[Home]:
     """That home, put back as it was afterwards."""
-    backup = made.with_name("backup")
-    shutil.copytree(made, backup, symlinks=True)
-    yield Home(made)
-    shutil.rmtree(made)
-    backup.rename(made)
-
-
-def edit(home: Home, **sections: dict[str, object]) -> None:
-    settings = yaml.safe_load(home.settings_file.read_text())
-    for name, section in sections.items():
-        settings[name] |= section
-    home.settings_file.write_text(yaml.safe_dump(settings))
+    with put_back(made):
+        yield Home(made)
 
 
 def files(home: Home) -> set[str]:
@@ -203,14 +186,14 @@ def test_links_are_not_followed(home: Home, tmp_path: Path) -> None:
 
 def test_it_refuses_what_would_be_a_mistake(home: Home) -> None:
     before, text = files(home), home.settings_file.read_text()
-    edit(home, data={"shards": "shard/*"})
+    edit(home.root, data={"shards": "shard/*"})
     with pytest.raises(StaleInputs, match="no shard matches"):
         collect_garbage(home, dry_run=False)
     home.settings_file.write_text(text.replace("targets:", "targetz:"))
     with pytest.raises(SettingsError):
         collect_garbage(home, dry_run=False)
     home.settings_file.write_text(text)
-    edit(home, teacher={"model": "./nowhere"})
+    edit(home.root, teacher={"model": "./nowhere"})
     with pytest.raises(ModelError, match="nowhere"):
         collect_garbage(home, dry_run=False)
     assert files(home) == before
@@ -245,3 +228,13 @@ def test_it_refuses_while_a_run_is_under_way(home: Home) -> None:
     assert any(path.name.startswith(".lock-s0@") for path in orphaned)  # of the run that was killed
     assert orphaned <= {removal.path for removal in collect_garbage(home, dry_run=False).removed}
     assert [p for p in verify(home).problems if p.kind == "orphaned"] == []
+
+
+def test_a_run_shuts_gc_out_from_its_beginning_to_its_end(home: Home) -> None:
+    """By the lock, which it waits for: what is under way says nothing of a run that is about to start."""
+    tiny.write_jsonl(home.root / "shards" / "s0.jsonl", tiny.example_rows(9, start=300))
+    held: list[bool] = []
+    with shown_by(lambda _: held.append(home.in_use.is_held())):
+        report = bring_up_to_date(defs, home, device="cpu", shards=["s0"])
+    assert report.captured_shards == ["s0"] and held and all(held)
+    assert not home.in_use.is_held()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.definitions import defs
-from distill_assets.foundation.errors import InterchangeError, TrainingError
+from distill_assets.foundation.errors import HomeError, InterchangeError, TrainingError
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
 from distill_assets.orchestration.due import due
@@ -25,28 +24,14 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.status import home_status
 from distill_assets.orchestration.verify import verify
+from distill_assets.teacher_capture.importing import ImportReport
 from distill_assets.teacher_capture.interchange import export_jsonl
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
+from tests.bench import edit
 
 
 def run(root: Path, **options: object) -> RunReport:
     return bring_up_to_date(defs, Home(root), device="cpu", **options)  # type: ignore[arg-type]
-
-
-def edit(root: Path, **sections: dict[str, object]) -> None:
-    file = root / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name, section in sections.items():
-        settings[name] = {**settings.get(name, {}), **section}
-    file.write_text(yaml.safe_dump(settings))
 
 
 def states(root: Path) -> dict[str, str]:
@@ -115,7 +100,7 @@ def test_an_edited_import_stops_the_students_and_is_never_given_to_the_teacher(
     shard = home / "shards" / "s1.jsonl"
     shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
     report = run(home)
-    assert report.captured_shards == ["heldout", "s0"] and "import it again, or delete" in report.failures["s1"]
+    assert report.captured_shards == ["heldout", "s0"] and "import it again" in report.failures["s1"]
     assert report.student_id is None and states(home)["s1"] == "failed"
     with open_instance(Home(home)) as instance:
         failing = due(instance, AssetStates(Pipeline(Home(home))), "teacher_capture")
@@ -171,3 +156,73 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
         Pipeline(Home(home)).import_jsonl(source, "s2", shifted=False, replace=False)
     with pytest.raises(TrainingError, match="captures of different kinds of targets"):
         run(home)
+
+
+def foreign_lines(n: int) -> list[dict[str, object]]:
+    """Rows of three tokens, of another engine."""
+    lists = {"topk_ids": [[7, 40], [8, 41], []], "topk_logprobs": [[-0.5, -2.0]] * 2 + [[]]}
+    return [{"input_ids": [10 + i % 200, 10 + i // 200, 9], **lists} for i in range(n)]
+
+
+def do_import(home: Path, key: str, n: int = 3, **options: Any) -> ImportReport:
+    source = tiny.write_jsonl(home / "in.jsonl", foreign_lines(n))
+    return Pipeline(Home(home)).import_jsonl(source, key, **{"shifted": False, "replace": False, **options})
+
+
+def problems(home: Path) -> list[str]:
+    return [f"{problem.kind} {problem.path.name}" for problem in verify(Home(home)).problems]
+
+
+def test_gc_waits_for_an_import_and_verify_leaves_it_alone(home: Path) -> None:
+    staged: list[list[str]] = []
+
+    def look(_: object) -> None:
+        if not staged:
+            staged.append([path.name for path in (home / "captures" / "imported").iterdir()])
+            with pytest.raises(HomeError, match="import"):
+                collect_garbage(Home(home), dry_run=False)
+            assert problems(home) == []
+
+    done = do_import(home, "mine", 600, on_progress=look)
+    assert staged and staged[0][0].startswith(".partial-") and done.capture.stats.rows == 600
+    (home / "captures" / "imported" / ".partial-1234").mkdir()  # what one that was killed leaves
+    (home / "catalog.duckdb").unlink(missing_ok=True)
+    assert "orphaned .partial-1234" in problems(home)
+    assert [r.path.name for r in collect_garbage(Home(home), dry_run=False).removed] == [".partial-1234"]
+
+
+def test_an_import_belongs_to_its_content_whatever_the_shard_is_called(home: Path) -> None:
+    pinned = do_import(home, "mine").capture
+    (home / "shards" / "mine.jsonl").rename(home / "shards" / "yours.jsonl")
+    assert states(home)["yours"] == "current"
+    [entry] = Pipeline(Home(home)).entries
+    assert (entry.capture.path, entry.capture.shard) == (pinned.path, "yours")
+    Pipeline(Home(home)).refresh_catalog()
+    assert problems(home) == []
+    tiny.write_jsonl(home / "shards" / "mine.jsonl", [{"text": "Other rows under the old name."}])
+    plan = {shard.shard: shard for shard in Pipeline(Home(home)).plan().shards}["mine"]
+    assert plan.state == "failed" and "give the file another name" in plan.reason
+    (home / "shards" / "mine.jsonl").unlink()
+
+    def gone(imported: bool) -> tuple[list[Path], str]:
+        found = collect_garbage(Home(home), dry_run=False, imported=imported)
+        return [removal.path for removal in found.removed], " ".join(found.kept)
+
+    for imported in (False, True):
+        assert gone(imported)[0] == [] and "imported captures" not in gone(imported)[1]
+    edit(home, data={"shards": "shards/s*"})
+    assert gone(False)[0] == [] and "nobody can make them again; `distill gc --imported`" in gone(False)[1]
+    assert gone(True)[0] == [] and "does not match their file" in gone(True)[1]
+    (home / "shards" / "yours.jsonl").unlink()
+    assert gone(False)[0] == [] and pinned.path.exists()
+    assert gone(True)[0] == [pinned.path, pinned.path.parent] and not pinned.path.parent.exists()
+
+
+def test_a_damaged_import_is_mended_by_importing_it_again(home: Path) -> None:
+    path = do_import(home, "mine").capture.path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    [damage] = [problem for problem in verify(Home(home)).problems if problem.kind == "damaged"]
+    assert damage.path == path and "import it again" in damage.message and "gc" not in damage.message
+    assert do_import(home, "mine").written
+    assert "damaged" not in " ".join(problems(home)) and not do_import(home, "mine").written

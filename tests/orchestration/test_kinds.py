@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,6 @@ KINDS = {
     "threshold": {"kind": "threshold", "tau": 0.03},
     "tail samples": {"kind": "top_k", "k": 6, "tail_samples": 3},
 }
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
 
 
 def run(root: Path) -> RunReport:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -45,14 +44,6 @@ with open_instance(home) as instance, shown_by(stay):
         instance=instance, asset_selection=[dg.AssetKey("teacher_capture")], partition_key="s0"
     )
 """
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
 
 
 def test_a_killed_run_is_waited_for_while_it_lives_and_closed_when_it_is_dead(home: Path) -> None:

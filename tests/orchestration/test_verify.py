@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +17,13 @@ from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
 from distill_assets.orchestration.garbage import collect_garbage
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.verify import verify
 from distill_assets.student_model.saving import RECORD_FILE
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
+from tests.bench import put_back
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path
 @pytest.fixture
 def home(made: Path) -> Iterator[Home]:
     """That home, put back as it was afterwards."""
-    backup = made.with_name("backup")
-    shutil.copytree(made, backup, symlinks=True)
-    yield Home(made)
-    shutil.rmtree(made)
-    backup.rename(made)
+    with put_back(made):
+        yield Home(made)
 
 
 def found(home: Home) -> list[tuple[str, str]]:
@@ -150,6 +141,11 @@ def test_the_catalog_edited_or_damaged(home: Home) -> None:
         ("DELETE FROM capture_files WHERE shard = 's0'", "mismatch"),
         ("DELETE FROM capture_examples WHERE capture = 1 AND row = 0", "mismatch"),
         ("UPDATE catalog_meta SET home = '/elsewhere'", "mismatch"),
+        (
+            "UPDATE student_captures SET examples = 1 WHERE student_id = (SELECT min(student_id) FROM students)",
+            "mismatch",
+        ),
+        ("DELETE FROM students WHERE student_id = (SELECT min(student_id) FROM students)", "mismatch"),
         ("DROP TABLE students", "damaged"),
     ):
         with duckdb.connect(home.catalog) as connection:
@@ -191,8 +187,43 @@ def test_weights_that_are_no_numbers_and_a_renamed_student(home: Home) -> None:
     assert found(home) == [
         ("damaged", below(home, first / "model.safetensors")),
         ("mismatch", below(home, renamed)),
+        ("missing", below(home, second)),
         ("orphaned", "students/notes"),
     ]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_bits_that_no_format_has_a_checksum_for(home: Home) -> None:
+    weights = min(home.students.iterdir()) / "model.safetensors"
+    flip(weights, -8)  # the last bit of a number
+    capture = current(home, "s0")
+    flip(capture, capture.read_bytes().index(b"teacher's distribution"))  # what its metadata says of positions
+    expected = [("damaged", below(home, capture)), ("damaged", below(home, weights))]
+    assert found(home) == expected
+    Pipeline(home).refresh_catalog()  # it reads no file a second time, nor takes on what it has become
+    assert found(home) == expected
+    record = json.loads((weights.parent / RECORD_FILE).read_text())
+    del record["weights"]
+    (weights.parent / RECORD_FILE).write_text(json.dumps(record))  # a student trained before there were hashes
+    assert found(home) == expected[:1]
+
+
+def test_students_reports_and_a_verdict_that_are_gone(home: Home) -> None:
+    student, report = min(home.students.iterdir()), AssetStates(Pipeline(home)).students.report_folder
+    shutil.rmtree(report)
+    home.tokenizer_report.unlink()
+    assert found(home) == [("missing", below(home, report)), ("missing", "tokenizer_report.json")]
+    shutil.rmtree(student)
+    assert ("missing", below(home, student)) in found(home)
+    bring_up_to_date(defs, home, device="cpu")
+    assert student.exists() or found(home) == [("missing", below(home, student))]
+    collect_garbage(home, dry_run=False)
+    assert found(home) == []
 
 
 def test_reports_that_are_not_whole(home: Home) -> None:
