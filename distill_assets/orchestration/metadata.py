@@ -70,7 +70,7 @@ def of_capture(capture: Capture, written: bool) -> Metadata:
 
 
 def materialization_of(
-    capture: Capture, written: bool, description: str, inputs: Mapping[str, tuple[str, int]] | None = None
+    capture: Capture, written: bool, description: str, inputs: Mapping[str, tuple[str, str]] | None = None
 ) -> dg.AssetMaterialization:
     """A capture as a record of its partition, with its own data version. `inputs`: for each asset it was made
     from, the data version and the number of the event that told it.
@@ -79,7 +79,7 @@ def materialization_of(
     if inputs:
         tags[CODE_VERSION_TAG] = CODE_VERSION
     for asset, (version, event) in (inputs or {}).items():
-        tags |= {INPUT_VERSION_TAG.format(asset): version, INPUT_EVENT_TAG.format(asset): str(event)}
+        tags |= {INPUT_VERSION_TAG.format(asset): version, INPUT_EVENT_TAG.format(asset): event}
     return dg.AssetMaterialization(
         "teacher_capture",
         partition=capture.shard,

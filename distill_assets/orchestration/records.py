@@ -1,5 +1,7 @@
 """Dagster's records brought in line with the store: observations, and captures it has not heard of."""
 
+from itertools import takewhile
+
 import dagster as dg
 
 from distill_assets.orchestration import metadata
@@ -14,6 +16,8 @@ from distill_assets.orchestration.partitions import (
 )
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
+
+MOST_LOOKED_AT = 20  # comparisons of the tokenizers; more of them alike only mean that captures are recorded again
 
 
 def needs_run(instance: dg.DagsterInstance, states: AssetStates, asset: str) -> bool:
@@ -33,27 +37,40 @@ def new_observations(instance: dg.DagsterInstance, states: AssetStates) -> list[
 
 
 def unrecorded_captures(instance: dg.DagsterInstance, pipeline: Pipeline) -> list[dg.AssetMaterialization]:
-    """A materialisation for each current capture that Dagster has no record of since it observed the shard as it is.
+    """A materialisation for each current capture that is not on record since its shard was observed as it is, and the
+    tokenizers found to be as they are.
 
-    The record points at that observation: what names no inputs Dagster shows as fresh whatever changes, and what
-    was recorded before its shard was observed as stale for ever. So a shard that was not observed as it is, and all
-    shards before the tokenizers were compared, are left for the next time.
+    A record points at the events that told of its inputs. Without any, Dagster shows the capture as fresh whatever
+    changes; pointing at earlier ones, as stale for ever. A shard not observed as it is is left for the next time.
     """
-    tokenizers = instance.fetch_materializations(dg.AssetKey("tokenizer_compatibility"), limit=1).records
-    if not tokenizers:
-        return []
-    compared = (recorded_version(instance, "tokenizer_compatibility") or "", tokenizers[0].storage_id)
+    tokenizers, tokenizers_since = _tokenizers(instance)
     recorded, written = recorded_versions(instance, "teacher_capture"), latest_events(instance, "teacher_capture")
     observed = recorded_versions(instance, "dataset_shards", OBSERVED)
     seen = latest_events(instance, "dataset_shards", OBSERVED)
     found = []
     for capture in (entry.capture for entry in pipeline.entries):
         key, version = capture.shard, shard_data_version(capture.version, capture.capture_id)
-        is_recorded = recorded.get(key) == version and written[key] > seen.get(key, 0)
-        if observed.get(key) == version and not is_recorded:
-            inputs = {"dataset_shards": (version, seen[key]), "tokenizer_compatibility": compared}
+        if observed.get(key) != version:
+            continue
+        if recorded.get(key) != version or written[key] < max(seen[key], tokenizers_since):
+            inputs = {"dataset_shards": (version, str(seen[key])), "tokenizer_compatibility": tokenizers}
             found.append(metadata.materialization_of(capture, False, "found in the store", inputs))
     return found
+
+
+def _tokenizers(instance: dg.DagsterInstance) -> tuple[tuple[str, str], int]:
+    """Data version of the tokenizers and the number of its latest event, and of the first since which it is so.
+
+    Where they were never compared, what Dagster itself notes then.
+    """
+    records = instance.fetch_materializations(dg.AssetKey("tokenizer_compatibility"), limit=MOST_LOOKED_AT).records
+    versions = [
+        (r.asset_materialization.tags or {}).get(DATA_VERSION_TAG, "") for r in records if r.asset_materialization
+    ]
+    if not records:
+        return ("INITIAL", "NULL"), 0
+    same = list(takewhile(lambda pair: pair[1] == versions[0], zip(records, versions, strict=True)))
+    return (versions[0], str(records[0].storage_id)), same[-1][0].storage_id
 
 
 def observe_shards(instance: dg.DagsterInstance, states: AssetStates) -> None:

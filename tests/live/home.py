@@ -56,7 +56,7 @@ class LiveHome:
     def shard(self, key: str) -> Path:
         return self.root / "shards" / f"{key}.jsonl"
 
-    def keys(self) -> set[str]:
+    def on_disk(self) -> set[str]:
         return {file.stem for file in (self.root / "shards").iterdir()}
 
     def change_a_row(self, key: str) -> None:

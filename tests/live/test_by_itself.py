@@ -84,7 +84,7 @@ def test_a_batch_of_edits_captures_exactly_what_changed(home: LiveHome, server: 
     )
     assert set(runs) == {"teacher_capture"}
     assert len(home.students() - students) == 2
-    assert server.assets()["teacher_capture"].states.keys() == home.keys() == home.catalogued()
+    assert server.assets()["teacher_capture"].states.keys() == home.on_disk() == home.catalogued()
     require_agreement(home, server)
 
 
@@ -97,7 +97,7 @@ def test_a_bad_row_fails_its_shard_alone_is_tried_once_and_recovers(
     students = home.students()
     server.wait_until_quiet()
     assert home.captured() == {"s5": Captured(1, 5)}
-    assert home.catalogued() == home.keys() - {"s0"} and home.students() == students
+    assert home.catalogued() == home.on_disk() - {"s0"} and home.students() == students
     assert server.assets()["teacher_capture"].failed == {"s0"}
     states = {shard["shard"]: shard["state"] for shard in home.distill("status")["shards"]}
     assert states.pop("s0") == "failed" and set(states.values()) == {"current"}
@@ -111,7 +111,7 @@ def test_a_bad_row_fails_its_shard_alone_is_tried_once_and_recovers(
     before = server.runs()
     server.wait_until_quiet()
     assert home.captured() == {}  # the capture of the good text is still there
-    assert home.catalogued() == home.keys() and len(home.students() - students) == 2
+    assert home.catalogued() == home.on_disk() and len(home.students() - students) == 2
     assert counts(new_runs(server, before))["student_evaluation"] == 1
     assert server.assets()["teacher_capture"].failed == set()
     require_agreement(home, server)
@@ -153,7 +153,7 @@ def test_settings_edited_under_the_daemon_and_the_daemon_killed_in_the_middle(
     assert all(server.is_on(name) for name in SENSORS)
     wait_for(lambda: server.assets()["student_evaluation"].state == "FRESH", "the report", 600)
     server.wait_until_quiet()
-    assert home.captured() == {key: Captured(6) for key in home.keys() - {"s8"}} | {"s8": Captured(4)}
+    assert home.captured() == {key: Captured(6) for key in home.on_disk() - {"s8"}} | {"s8": Captured(4)}
     assert server.under_way() == []
     assert {asset["state"] for asset in home.distill("status")["assets"]} == {"current"}
     require_agreement(home, server)
@@ -187,7 +187,7 @@ def test_the_schedule_refreshes_only_what_changed(home: LiveHome, server: Server
 
     home.change_a_row("s1")
     home.add("s9", rows=3)
-    deleted = sorted(home.keys() - {"heldout", "s1", "s9"})[-1]
+    deleted = sorted(home.on_disk() - {"heldout", "s1", "s9"})[-1]
     home.shard(deleted).unlink()
     refreshed(server)
     assert home.captured() == {"s1": Captured(1, 5), "s9": Captured(3)}
@@ -197,6 +197,6 @@ def test_the_schedule_refreshes_only_what_changed(home: LiveHome, server: Server
 
     home.keep_more()
     refreshed(server)
-    assert home.captured().keys() == home.keys() == home.catalogued()
+    assert home.captured().keys() == home.on_disk() == home.catalogued()
     require_agreement(home, server)
     server.switch("nightly_refresh", False)

@@ -121,12 +121,12 @@ class TestMatrix:
 
     def test_one_changed_one_new_one_deleted(self, way: Callable[..., None], ways: Ways) -> None:
         home, server = ways.home, ways.server
-        [deleted] = [key for key in home.keys() if key.startswith("t")] or ["s7"]
+        [deleted] = [key for key in home.on_disk() if key.startswith("t")] or ["s7"]
         new = f"t-{way.__name__.replace('_', '-')}"
         home.shard(deleted).unlink()
         home.change_a_row("s1")
         home.add(new, rows=4)
-        wait_for(lambda: server.assets()["teacher_capture"].states.keys() == home.keys(), "the watcher to see both")
+        wait_for(lambda: server.assets()["teacher_capture"].states.keys() == home.on_disk(), "the watcher to see both")
         require_agreement(home, server, ["tokenizer_compatibility"])
         way(ways, {"s1", new})
         assert home.captured() == {"s1": Captured(1, ROWS - 1), new: Captured(4)}
@@ -139,8 +139,8 @@ class TestMatrix:
         home = ways.home
         home.keep_more()
         require_agreement(home, ways.server, ["tokenizer_compatibility"])
-        way(ways, sorted(home.keys()))
-        expected = {key: Captured(4 if key.startswith("t") else ROWS) for key in home.keys()}
+        way(ways, sorted(home.on_disk()))
+        expected = {key: Captured(4 if key.startswith("t") else ROWS) for key in home.on_disk()}
         assert home.captured() == expected
         require_agreement(home, ways.server, KNOWN_TO_DAGSTER)
 
