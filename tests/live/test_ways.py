@@ -6,6 +6,7 @@ The sensors' and the schedule's way is in test_by_itself.py. Each test leaves ev
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -54,8 +55,8 @@ class Ways:
         self._open_dialog()
         self.page.get_by_text("Select a partition or create one").click()
         for key in keys:
-            self.page.get_by_role("menuitem").filter(has_text=key).first.click()
-        self.page.keyboard.press("Escape")
+            self.page.get_by_role("menuitem").filter(has=self.page.locator(f"[title='{key}']")).click()
+        self.page.get_by_text("Launch runs to materialize").click()  # closes the list
         self._launch_from_dialog()
 
     def ui_backfill_of_all(self, keys: Collection[str]) -> None:
@@ -70,7 +71,7 @@ class Ways:
 
     def _launch_from_dialog(self) -> None:
         before = {run.run_id for run in self.server.runs()}
-        self.page.get_by_role("button", name="Launch").last.click()
+        self.page.get_by_role("button", name=re.compile("^Launch")).click()
         new = wait_for(lambda: [r.run_id for r in self.server.runs() if r.run_id not in before], "a run of the dialog")
         wait_until_empty(self.server.under_way, "the end of what the dialog launched")
         assert {run.status for run in self.server.runs() if run.run_id in new} == {"SUCCESS"}
