@@ -6,10 +6,10 @@ BENCHMARKS := capture_speed storage kill capture_reuse losses student_step token
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check ui bench clean
+.PHONY: help setup demo test test-live check ui bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## build .venv; does nothing when it is up to date
 
@@ -28,6 +28,9 @@ demo: setup  ## fill data/ with a small teacher and corpus, and run the whole pi
 
 test: check  ## everything `check` does, then the tests
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-live: setup  ## a real daemon, web UI and browser on tiny homes; about ten minutes
+	$(BIN)/pytest -n 2 --dist loadfile tests/live
 
 check: setup  ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .

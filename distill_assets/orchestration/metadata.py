@@ -9,7 +9,14 @@ import dagster as dg
 
 from distill_assets.capture_catalog.refresh import CatalogReport
 from distill_assets.orchestration import summaries
-from distill_assets.orchestration.partitions import DATA_VERSION_TAG, shard_data_version
+from distill_assets.orchestration.partitions import (
+    CODE_VERSION,
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    INPUT_EVENT_TAG,
+    INPUT_VERSION_TAG,
+    shard_data_version,
+)
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.student_evaluation.figures import TEACHER
 from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
@@ -88,14 +95,23 @@ def of_capture(capture: Capture, written: bool) -> Metadata:
     return values
 
 
-def materialization_of(capture: Capture, written: bool, description: str) -> dg.AssetMaterialization:
-    """A capture as a record of its partition, with its own data version."""
+def materialization_of(
+    capture: Capture, written: bool, description: str, inputs: Mapping[str, tuple[str, str]] | None = None
+) -> dg.AssetMaterialization:
+    """A capture as a record of its partition, with its own data version. `inputs`: for each asset it was made
+    from, the data version and the number of the event that told it.
+    """
+    tags = {DATA_VERSION_TAG: shard_data_version(capture.version, capture.capture_id)}
+    if inputs:
+        tags[CODE_VERSION_TAG] = CODE_VERSION
+    for asset, (version, event) in (inputs or {}).items():
+        tags |= {INPUT_VERSION_TAG.format(asset): version, INPUT_EVENT_TAG.format(asset): event}
     return dg.AssetMaterialization(
         "teacher_capture",
         partition=capture.shard,
         description=description,
         metadata=of_capture(capture, written),
-        tags={DATA_VERSION_TAG: shard_data_version(capture.version, capture.capture_id)},
+        tags=tags,
     )
 
 

@@ -5,7 +5,12 @@ from collections.abc import Mapping
 import dagster as dg
 from dagster import DagsterEventType
 
-DATA_VERSION_TAG = "dagster/data_version"
+DATA_VERSION_TAG, CODE_VERSION_TAG = "dagster/data_version", "dagster/code_version"
+# Of an input, by name: the data version that was read, and the number of the event that told it.
+INPUT_VERSION_TAG, INPUT_EVENT_TAG = "dagster/input_data_version/{}", "dagster/input_event_pointer/{}"
+
+CODE_VERSION = "1"  # of all assets
+MATERIALIZED, OBSERVED = DagsterEventType.ASSET_MATERIALIZATION, DagsterEventType.ASSET_OBSERVATION
 
 SHARDS = "shards"
 shard_partitions = dg.DynamicPartitionsDefinition(name=SHARDS)
@@ -32,11 +37,18 @@ def sync_partitions(instance: dg.DagsterInstance, keys: set[str]) -> None:
 
 
 def recorded_versions(
-    instance: dg.DagsterInstance, asset: str, event: DagsterEventType = DagsterEventType.ASSET_MATERIALIZATION
+    instance: dg.DagsterInstance, asset: str, event: DagsterEventType = MATERIALIZED
 ) -> Mapping[str, str]:
     """Partition -> data version of its latest event, as Dagster has it on record."""
     tags = instance.event_log_storage.get_latest_tags_by_partition(dg.AssetKey(asset), event, [DATA_VERSION_TAG])
     return {partition: values[DATA_VERSION_TAG] for partition, values in tags.items() if DATA_VERSION_TAG in values}
+
+
+def latest_events(
+    instance: dg.DagsterInstance, asset: str, event: DagsterEventType = MATERIALIZED
+) -> Mapping[str, int]:
+    """Partition -> number of its latest event; later events have greater numbers."""
+    return instance.event_log_storage.get_latest_storage_id_by_partition(dg.AssetKey(asset), event)
 
 
 def recorded_version(instance: dg.DagsterInstance, asset: str) -> str | None:

@@ -13,6 +13,8 @@ import dagster as dg
 import pytest
 import yaml
 from dagster import DagsterEventType
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
 from dagster._serdes import serialize_value
 
 from distill_assets.definitions import defs
@@ -265,6 +267,50 @@ def test_a_tick_records_a_batch_and_the_next_one_the_rest(daemon: Daemon) -> Non
         assert isinstance(result, dg.SensorResult)
         counts.append((len(result.asset_events), len(recorded_versions(daemon.instance, "dataset_shards", observed))))
     assert counts == [(2, 2), (1, 3), (0, 3)]
+
+
+def shown(daemon: Daemon, key: str) -> str:
+    """What the web UI says of a capture."""
+    graph = defs.resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(daemon.instance, graph, LoadingContextForTest(daemon.instance))
+    return str(resolver.get_status(dg.AssetKey("teacher_capture"), key).value)
+
+
+def test_the_ui_sees_a_change_of_what_was_captured_in_a_range(daemon: Daemon) -> None:
+    daemon.tick()
+    defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=daemon.instance,
+        asset_selection=[dg.AssetKey("teacher_capture")],
+        tags={"dagster/asset_partition_range_start": "heldout", "dagster/asset_partition_range_end": "s1"},
+    )
+    daemon.watch()  # each gets its own version
+    assert [shown(daemon, key) for key in ("heldout", "s0", "s1")] == ["FRESH"] * 3
+    tiny.write_jsonl(shard(daemon, "s1"), tiny.example_rows(3, start=700))
+    daemon.watch()
+    assert [shown(daemon, key) for key in ("s0", "s1")] == ["FRESH", "STALE"]
+
+
+def test_a_capture_made_before_its_shard_was_observed_is_fresh_at_the_second_look(daemon: Daemon) -> None:
+    daemon.settle()
+    tiny.write_jsonl(shard(daemon, "s1"), tiny.example_rows(3, start=700))
+    defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=daemon.instance, asset_selection=[dg.AssetKey("teacher_capture")], partition_key="s1"
+    )
+    daemon.watch()
+    assert shown(daemon, "s1") == "STALE"  # the record names the version that was observed before
+    daemon.watch()
+    assert shown(daemon, "s1") == "FRESH"
+    quiet = daemon.watch()
+    assert isinstance(quiet, dg.SensorResult) and not quiet.asset_events
+
+
+def test_another_student_leaves_captures_fresh(daemon: Daemon) -> None:
+    daemon.settle()
+    edit(daemon, student={"from_teacher_layers": None, "config": {"model_type": "llama", "vocab_size": 400}})
+    assert daemon.tick() == ["tokenizer_compatibility"]
+    assert shown(daemon, "s1") == "STALE"  # its record names another verdict
+    daemon.watch()
+    assert shown(daemon, "s1") == "FRESH"
 
 
 def test_broken_settings_are_said_and_change_nothing(daemon: Daemon) -> None:

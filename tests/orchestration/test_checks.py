@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
-import pytest
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
@@ -20,14 +18,6 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.student_evaluation.report import JSON_FILE
 from distill_assets.teacher_capture.teacher import load_teacher
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """Opening a home's instance sets these for the process; no test inherits them."""
-    yield
-    os.environ.pop("DAGSTER_HOME", None)
-    os.environ.pop("DISTILL_HOME", None)
 
 
 def outcome(check: dg.AssetChecksDefinition) -> dg.AssetCheckResult:

@@ -1,0 +1,51 @@
+"""A home, the server on it, and a browser, one of each for all tests of a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from tests import tiny
+from tests.live.home import LiveHome
+from tests.live.server import Server
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> LiveHome:
+    """Eight training shards and a held-out one, looked at every second, refreshed every minute."""
+    root = tmp_path_factory.mktemp("live") / "home"
+    automation = {"watch_seconds": 1, "schedule": "* * * * *"}
+    return LiveHome(tiny.make_home(root, teacher_folder, shards=8, automation=automation))
+
+
+@pytest.fixture(scope="module")
+def server(home: LiveHome) -> Iterator[Server]:
+    server = Server(home.root)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Iterator[Page]:
+    """A page of a headless Chromium at the server; the test is skipped where there is none and none is required."""
+    if CHROMIUM is None and os.environ.get("DISTILL_REQUIRE_BROWSER") != "1":
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    assert CHROMIUM is not None, (
+        "DISTILL_REQUIRE_BROWSER=1, but there is no Chromium; on Debian: apt-get install chromium"
+    )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1000}, base_url=server.url)
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
