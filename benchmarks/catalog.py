@@ -11,12 +11,11 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, show
+from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, seconds_of, show
 
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, refresh_catalog
@@ -81,12 +80,6 @@ def measure(home: BenchHome, captures: list[Capture]) -> list[dict[str, Any]]:
             )
         ),
     ]
-
-
-def seconds_of(way: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    way()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, show
+from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, seconds_of, show
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.settings import AutomationSettings
@@ -91,12 +90,6 @@ def overhead(home: BenchHome, draw: random.Random) -> float:
 def command(name: str, home: BenchHome) -> Callable[[], object]:
     arguments = [sys.executable, "-m", "distill_assets.cli", name, "--json", "--home", str(home.home.root)]
     return lambda: subprocess.run(arguments, check=True, capture_output=True)
-
-
-def seconds_of(way: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    way()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

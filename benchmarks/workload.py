@@ -199,15 +199,20 @@ def n_tokens(rows: Iterable[Row]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
+def seconds_of(way: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    way()
+    return time.perf_counter() - began
+
+
 def by_turns(ways: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each way in each round; every round runs all of them, the first round is warm-up and not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
-            way()
+            took = seconds_of(way)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     return seconds
 
 

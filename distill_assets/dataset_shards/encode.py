@@ -22,7 +22,7 @@ from distill_assets.dataset_shards.read import read_rows
 from distill_assets.dataset_shards.rows import BadRow, Chat, Completion, Ids, Row, Text
 from distill_assets.foundation.errors import ModelError, ShardError
 from distill_assets.foundation.fingerprints import content_hash
-from distill_assets.foundation.inserted_ids import inserted_ids
+from distill_assets.foundation.inserted_ids import inserted_ids, token_ids
 from distill_assets.foundation.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -152,16 +152,7 @@ class Encoder:
 
     def _tokenize(self, texts: Sequence[str]) -> dict[str, Sequence[int]]:
         """Ids of each text, nothing inserted."""
-        if not texts:
-            return {}
-        ids = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return dict(zip(texts, ids, strict=True))
+        return dict(zip(texts, token_ids(self._tokenizer, texts), strict=True))
 
     def _check(self, ids: Sequence[int]) -> None:
         for i, value in enumerate(ids):

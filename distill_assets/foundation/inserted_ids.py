@@ -1,7 +1,8 @@
-"""Which ids a tokenizer puts around a text by itself: BOS in front, perhaps EOS behind."""
+"""Which ids a tokenizer puts around a text by itself, BOS in front, perhaps EOS behind, and those of a text without."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distill_assets.foundation.errors import ModelError
@@ -30,3 +31,17 @@ def inserted_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
         f"{type(tokenizer).__name__}: encodes {text!r} as {bare} alone but as {full} with special tokens, "
         "so what it inserts is unclear; use another tokenizer"
     )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, none inserted before or after it."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids

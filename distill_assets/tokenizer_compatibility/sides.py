@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill_assets.foundation.inserted_ids import token_ids
 from distill_assets.tokenizer_compatibility.definition import Definition, Merge, Spelling
 from distill_assets.tokenizer_compatibility.equivalence import Comparison, Open
 from distill_assets.tokenizer_compatibility.fingerprint import backend_state
@@ -72,16 +73,7 @@ class TokenizerSide:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without inserted ones."""
-        if not texts:
-            return []
-        encoded: list[list[int]] = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return encoded
+        return token_ids(self.tokenizer, texts)
 
 
 def _inherited(name: str) -> Any:
