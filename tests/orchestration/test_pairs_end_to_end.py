@@ -24,6 +24,7 @@ from distill_assets.orchestration.instance import environment
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.students import StudentSide
 from distill_assets.student_model.batches import collate
+from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule
 from distill_assets.student_model.vocabulary import fit_rows
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
@@ -64,7 +65,7 @@ def head_gradient(root: Path, student: Path, rows: list[CapturedRow]) -> torch.T
     """Gradient of the training loss of `rows` on every row of the student's head."""
     vocabulary = StudentSide(Pipeline(Home(root))).vocabulary
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    module = DistillationModule(model, vocabulary, 0.9, 0.5)
+    module = DistillationModule(model, vocabulary, LossMixture(kd_weight=0.9, tail_sample_weight=0.5))
     batch = collate(fit_rows(rows, vocabulary, len(head(student)))[0], True)
     module(**batch, num_items_in_batch=sum(row.targets.n_positions for row in rows))["loss"].backward()
     gradient = model.get_output_embeddings().weight.grad

@@ -143,7 +143,7 @@ BYTE_LEVEL = {
     "an added token made ordinary": other(c.not_added("<|user|>"), told=(ADDED, CHAT)),
     "an ordinary token made added": other(c.made_added("her"), told=(ADDED,)),
     "special tokens split": other(told=(CHAT,), attributes={"split_special_tokens": True}),
-    "a suffix": other(c.setting("model", "end_of_word_suffix", "e"), told=(MODEL, CHAT, "inserted")),
+    "a suffix": other(c.setting("model", "end_of_word_suffix", "e"), told=(MODEL, CHAT)),
     "a head padded": Case((), "padded", told=("head_padding",), widths=(320, 384)),
     "both heads padded alike": same(widths=(384, 384)),
     "one head unknown": same(widths=(None, 384)),
