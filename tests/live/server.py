@@ -192,9 +192,10 @@ class Server:
         return bool(self._instigator(name)["status"] == "RUNNING")
 
     def _instigator(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(_INSTIGATORS, selector=LOCATION)["repositoryOrError"]
-        [instigator] = [i for i in found["sensors"] + found["schedules"] if i["name"] == name]
-        state: dict[str, Any] = instigator["state"]
+        kind = _kind(name)
+        found = self.ask(_INSTIGATOR[kind], selector={**LOCATION, f"{kind.lower()}Name": name})["found"]
+        assert "state" in found, found
+        state: dict[str, Any] = found["state"]
         return state
 
     def assets(self) -> dict[str, Asset]:
@@ -259,7 +260,7 @@ class Server:
     def switch(self, name: str, on: bool) -> None:
         """Start or stop a sensor or schedule."""
         state = self._instigator(name)
-        kind = "Sensor" if name in SENSORS else "Schedule"
+        kind = _kind(name)
         if on:
             selector = {**LOCATION, f"{kind.lower()}Name": name}
             answer = self.ask(_SWITCH_ON[kind], selector=selector)
@@ -310,6 +311,10 @@ def _as_tick(tick: Mapping[str, Any]) -> Tick:
     return Tick(tick["status"], tick["timestamp"], tick["endTimestamp"], tuple(tick["runIds"]), tick["skipReason"])
 
 
+def _kind(name: str) -> str:
+    return "Sensor" if name in SENSORS else "Schedule"
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -331,13 +336,13 @@ _BACKFILLS = """{ partitionBackfillsOrError { ... on PartitionBackfills { result
     ... on PythonError { message }
 } }"""
 _STATE = "id selectorId status ticks(limit: 40) { status timestamp endTimestamp runIds skipReason }"
-_INSTIGATORS = f"""query($selector: RepositorySelector!) {{ repositoryOrError(repositorySelector: $selector) {{
-    ... on Repository {{
-        sensors {{ name state: sensorState {{ {_STATE} }} }}
-        schedules {{ name state: scheduleState {{ {_STATE} }} }}
-    }}
-    ... on PythonError {{ message }}
-}} }}"""
+# What the page of one of them asks. Asked for all at once, the server finds no tick from before it was started.
+_INSTIGATOR = {
+    kind: f"""query($selector: {kind}Selector!) {{ found: {kind.lower()}OrError({kind.lower()}Selector: $selector) {{
+        ... on {kind} {{ state: {kind.lower()}State {{ {_STATE} }} }} ... on PythonError {{ message }}
+    }} }}"""
+    for kind in ("Sensor", "Schedule")
+}
 _ASSETS = """query($partitioned: [AssetKeyInput!]!) {
     all: assetNodes { assetKey { path } staleStatus }
     partitioned: assetNodes(assetKeys: $partitioned) {
