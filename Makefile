@@ -29,7 +29,7 @@ demo: setup  ## fill data/ with a small teacher and corpus, and run the whole pi
 test: check  ## everything `check` does, then the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-live: setup  ## a real daemon, web UI and browser on tiny homes; ten minutes and more
+test-live: setup  ## a real daemon, web UI and browser on tiny homes; a quarter of an hour and more
 	$(BIN)/pytest -n 2 --dist loadfile tests/live
 
 check: setup  ## formatting, lint, types, import directions

@@ -5,6 +5,7 @@ Each test leaves everything current for the next one, and runs alone on a home t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -12,12 +13,15 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests import tiny
-from tests.live.home import Captured, LiveHome, require_agreement
+from tests.live.home import UNPARTITIONED, Captured, LiveHome, require_agreement
 from tests.live.server import SENSORS, Run, Server, wait_for
 
 pytestmark = pytest.mark.timeout(1800)  # a busy machine is no failure
 
 TRAINING = [f"s{i}" for i in range(8)]
+# The control does not depend on how many ids are kept, so it stays as it is; but it has a new catalog, which Dagster
+# takes for a reason to call it stale.
+AFTER_OTHER_TARGETS = [asset for asset in UNPARTITIONED if asset != "control_student"]
 ONCE = ["capture_catalog", "student_model", "student_evaluation"]
 
 
@@ -47,14 +51,23 @@ def filled(home: LiveHome, server: Server) -> list[Run]:
     return server.runs()
 
 
+def switched_on(server: Server, page: Page, name: str) -> bool:
+    """Click the switch of a sensor that is off; a click while the page is still being drawn does nothing."""
+    row = page.locator("[data-index]", has=page.locator(f"a[href$='/sensors/{name}']"))
+    switch = row.locator("input").last
+    expect(switch).to_be_enabled(timeout=60_000)
+    if not switch.is_checked():
+        row.locator("label").last.click()
+        with contextlib.suppress(AssertionError):
+            expect(switch).to_be_checked(timeout=10_000)
+    return server.is_on(name)
+
+
 def test_sensors_switched_on_in_the_browser_fill_a_fresh_home(home: LiveHome, server: Server, page: Page) -> None:
     page.goto("/automation", wait_until="domcontentloaded")
     for name in SENSORS:
         assert not server.is_on(name)
-        row = page.locator("[data-index]", has=page.locator(f"a[href$='/sensors/{name}']"))
-        expect(row.locator("input").last).to_be_enabled(timeout=60_000)
-        row.locator("label").last.click()
-        wait_for(lambda name=name: server.is_on(name), f"{name} to be on")  # type: ignore[misc]
+        wait_for(lambda name=name: switched_on(server, page, name), f"{name} to be on")  # type: ignore[misc]
     wait_for(lambda: server.assets()["student_evaluation"].state == "FRESH", "the report", 600)
     server.wait_until_quiet()
     assert home.captured() == {key: Captured(6) for key in [*TRAINING, "heldout"]}
@@ -155,7 +168,7 @@ def test_settings_edited_under_the_daemon_and_the_daemon_killed_in_the_middle(
     assert home.captured() == {key: Captured(6) for key in home.on_disk() - {"s8"}} | {"s8": Captured(4)}
     assert server.under_way() == []
     assert {asset["state"] for asset in home.distill("status")["assets"]} == {"current"}
-    require_agreement(home, server)
+    require_agreement(home, server, AFTER_OTHER_TARGETS)
 
 
 def test_a_reloaded_code_location_keeps_all_state(home: LiveHome, server: Server, filled: list[Run]) -> None:
@@ -197,5 +210,5 @@ def test_the_schedule_refreshes_only_what_changed(home: LiveHome, server: Server
     home.keep_more()
     refreshed(server)
     assert home.captured().keys() == home.on_disk() == home.catalogued()
-    require_agreement(home, server)
+    require_agreement(home, server, AFTER_OTHER_TARGETS)
     server.switch("nightly_refresh", False)
