@@ -59,6 +59,9 @@ class LiveHome:
     def on_disk(self) -> set[str]:
         return {file.stem for file in (self.root / "shards").iterdir()}
 
+    def rows(self, key: str) -> int:
+        return len(self.shard(key).read_text().splitlines())
+
     def change_a_row(self, key: str) -> None:
         """The first row of a shard becomes one that no shard ever had."""
         first, *others = self.shard(key).read_text().splitlines(keepends=True)
