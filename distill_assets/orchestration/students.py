@@ -120,10 +120,17 @@ class StudentSide:
             return False
 
     @property
+    def is_dense(self) -> bool:
+        """Whether figures are made against the teacher's whole distribution: where that is asked for, and the
+        teacher of all held-out rows is the one at hand, not another engine's.
+        """
+        return self.settings.evaluation.dense and not any(e.capture.is_imported for e in self._entries("heldout"))
+
+    @property
     def report_id(self) -> str:
         heldout = [(e.capture.shard, e.capture.version, e.capture.capture_id) for e in self._entries("heldout")]
         spec = self.pipeline.spec
-        dense = [spec.identity["weights"], spec.dtype] if self.settings.evaluation.dense else None
+        dense = [spec.identity["weights"], spec.dtype] if self.is_dense else None
         return report_id({str(kind): i for kind, i in self.ids.items()}, heldout, dense)
 
     @property
@@ -208,9 +215,7 @@ class StudentSide:
             rows,
             models,
             self.vocabulary,
-            teacher=partial(teacher_in_turn, spec.weights, spec.dtype, device)
-            if self.settings.evaluation.dense
-            else None,
+            teacher=partial(teacher_in_turn, spec.weights, spec.dtype, device) if self.is_dense else None,
             end_id=tokenizer.eos_token_id,
             on_progress=on_progress,
         )
@@ -226,7 +231,7 @@ class StudentSide:
             control_id=self.ids.get("control"),
             heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
             teacher_weights=spec.identity["weights"],
-            dense=self.settings.evaluation.dense,
+            dense=self.is_dense,
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),
         )

@@ -14,6 +14,7 @@ from distill_assets.foundation.files import write_text
 from distill_assets.foundation.fingerprints import HashCache, content_hash, digest
 
 DATA = b"".join(b'{"text": "line %d"}\n' % (7919 * i) for i in range(3000))
+GZ = gzip.compress(DATA, mtime=0)  # with the time in it, two processes would name a test differently
 ZST = pa.compress(DATA, codec="zstd", asbytes=True)
 
 
@@ -37,7 +38,7 @@ def test_digest_refuses_numbers_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize(
     ("ending", "data"),
-    [("jsonl", DATA), ("jsonl.gz", gzip.compress(DATA)), ("jsonl.gz", gzip.compress(DATA, 1)), ("jsonl.zst", ZST)],
+    [("jsonl", DATA), ("jsonl.gz", GZ), ("jsonl.gz", gzip.compress(DATA, 1, mtime=0)), ("jsonl.zst", ZST)],
 )
 def test_a_compressed_file_has_the_hash_of_its_content(tmp_path: Path, ending: str, data: bytes) -> None:
     file = tmp_path / f"a.{ending}"
@@ -46,7 +47,7 @@ def test_a_compressed_file_has_the_hash_of_its_content(tmp_path: Path, ending: s
 
 
 TWO_ZST = b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in (DATA[:900], DATA[900:]))
-TWO_GZ = gzip.compress(DATA[:900]) + gzip.compress(DATA[900:])
+TWO_GZ = gzip.compress(DATA[:900], mtime=0) + gzip.compress(DATA[900:], mtime=0)
 
 
 @pytest.mark.parametrize(("name", "data"), [("a.zst", TWO_ZST), ("a.gz", TWO_GZ)])
@@ -58,9 +59,9 @@ def test_several_compressed_members_are_one_content(tmp_path: Path, name: str, d
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("cut.gz", gzip.compress(DATA)[:-40]),
+        ("cut.gz", GZ[:-40]),
         ("not.gz", b"plain text"),
-        ("no-block.gz", gzip.compress(DATA)[:10] + b"\xff" * 40),
+        ("no-block.gz", GZ[:10] + b"\xff" * 40),
         ("cut.zst", ZST[:-1]),
         ("not.zst", b"plain text"),
     ],

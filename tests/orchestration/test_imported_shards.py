@@ -23,6 +23,7 @@ from distill_assets.orchestration.partitions import recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.status import home_status
+from distill_assets.orchestration.students import StudentSide
 from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.importing import ImportReport
 from distill_assets.teacher_capture.interchange import export_jsonl
@@ -112,7 +113,8 @@ def test_an_edited_import_stops_the_students_and_is_never_given_to_the_teacher(
 
 
 def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_path: Path, teacher_folder: Path) -> None:
-    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=1)
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=1, evaluation={"dense": True})
+    assert StudentSide(Pipeline(Home(home))).is_dense
     run(home, shards=["heldout"])
     [entry] = Pipeline(Home(home)).entries
     export_jsonl([entry.capture], tmp_path / "full.jsonl")
@@ -125,6 +127,9 @@ def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_pat
     assert report.evaluation is not None and report.captured_shards == ["s0"]
     assert report.evaluation["models"]["teacher"]["perplexity"] is None
     assert report.evaluation["models"]["student"]["kl_nats"]["value"] > 0
+    assert (
+        "dense_kl_nats" not in report.evaluation["models"]["student"]
+    )  # the teacher at hand is not the one that spoke
     text = (Path(str(report.report)).parent / "report.json").read_text()
     assert "NaN" not in text and "teacher's entropy" not in Path(str(report.report)).read_text()
     query = "SELECT count(*), count(mean_entropy), count(teacher_perplexity) FROM examples WHERE shard = 'heldout'"
