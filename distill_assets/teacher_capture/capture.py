@@ -31,7 +31,7 @@ from distill_assets.teacher_capture.chunks import (
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import Place, captured_keys, held, targets_at
+from distill_assets.teacher_capture.reuse import Place, captured_rows, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
@@ -172,18 +172,21 @@ class _Before:
 
     def _places(self, keys: Collection[str]) -> dict[str, Place]:
         if self._force:
-            return held(self._finished.folder, self._finished.files(), keys)
-        return captured_keys(self._store, self._spec.capture_id, keys)
+            return held(self._finished.folder, self._finished.files()).places(keys)
+        return captured_rows(self._store, self._spec.capture_id).places(keys)
+
+    def _derivable(self, keys: Collection[str]) -> dict[str, tuple[str, Place]]:
+        return derivable({source: captured_rows(self._store, source) for source in self._sources}, keys)
 
     def keys(self, keys: Mapping[str, int]) -> set[str]:
         """Those of `keys` that need no teacher."""
         own = self._places(keys)
-        return own.keys() | derivable(self._store, self._sources, keys - own.keys()).keys()
+        return own.keys() | self._derivable(keys - own.keys()).keys()
 
     def rows(self, keys: set[str]) -> dict[str, _Stored]:
         """Those rows, read; what a damaged file held is left out."""
         own = self._places(keys)
-        others = derivable(self._store, self._sources, keys - own.keys())
+        others = self._derivable(keys - own.keys())
         origins = {path: tuple(derived_sources(path)) for path in {path for path, _ in own.values()}}
         found = {key: _Stored(targets, origins[own[key][0]]) for key, targets in targets_at(own).items()}
         wanted = self._spec.targets

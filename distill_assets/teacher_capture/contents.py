@@ -21,7 +21,7 @@ from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import captured_keys
+from distill_assets.teacher_capture.reuse import captured_rows
 from distill_assets.teacher_capture.store import IMPORTED, LOCK, CaptureStore
 
 ItemKind = Literal["capture", "unfinished", "failure", "leftover", "stranger", "empty"]
@@ -126,15 +126,17 @@ class Needs:
         its files under this identity.
         """
         files: set[Path] = set()
-        others = sources(self._store, self._spec) if self._uncaptured else []
+        ids = sources(self._store, self._spec) if self._uncaptured else []
+        others = {capture_id: captured_rows(self._store, capture_id) for capture_id in ids}
+        captured = captured_rows(self._store, self._spec.capture_id)
         for shard in self._uncaptured:
             try:
                 keys = {row.key for row in encode_shard(shard, self._spec.encoder).rows}
             except DistillError:
                 unreadable = unreadable | {shard.key}
                 continue
-            own = captured_keys(self._store, self._spec.capture_id, keys)
-            derived = derivable(self._store, others, keys - own.keys())
+            own = captured.places(keys)
+            derived = derivable(others, keys - own.keys())
             files |= {path for path, _ in own.values()} | {path for _, (path, _) in derived.values()}
         own_files = self._store.files(self._spec.capture_id)
         return files | {path for (key, _), path in own_files.items() if key in unreadable}

@@ -14,7 +14,7 @@ from typing import Any
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import Place, captured_keys
+from distill_assets.teacher_capture.reuse import KeyIndex, Place
 from distill_assets.teacher_capture.store import CaptureStore, read_capture
 
 
@@ -55,10 +55,10 @@ def _identity(store: CaptureStore, capture_id: str) -> Mapping[str, Any] | None:
     return None
 
 
-def derivable(store: CaptureStore, sources: Collection[str], keys: Collection[str]) -> dict[str, tuple[str, Place]]:
-    """Those of `keys` that `sources` hold, each with the capture id and place of the first that does."""
+def derivable(sources: Mapping[str, KeyIndex], keys: Collection[str]) -> dict[str, tuple[str, Place]]:
+    """Those of `keys` that `sources`, by capture id, hold: each with capture id and place of the first that does."""
     found: dict[str, tuple[str, Place]] = {}
-    for capture_id in sources:
-        places = captured_keys(store, capture_id, [key for key in keys if key not in found])
+    for capture_id, rows in sources.items():
+        places = rows.places([key for key in keys if key not in found])
         found |= {key: (capture_id, place) for key, place in places.items()}
     return found

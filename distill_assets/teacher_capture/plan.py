@@ -7,7 +7,7 @@ current.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from distill_assets.foundation.errors import CaptureError, DistillError, PinnedC
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import captured_keys
+from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 
 State = Literal["failed", "new", "settings_changed", "changed", "removed", "current"]
@@ -58,11 +58,14 @@ class CapturePlan:
 
 @dataclass(frozen=True)
 class _History:
-    """Shards captured before: under this identity, and under any. `sources`: captures to derive these from."""
+    """Shards captured before, under this identity and under any; rows that are captured, and that can be derived
+    from captures of other identities. Listed once a plan: for each shard anew it would be quadratic.
+    """
 
     own: Collection[str]
     any: Collection[str]
-    sources: Collection[str]
+    rows: KeyIndex
+    sources: Mapping[str, KeyIndex]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def plan_capture(
     history = _History(
         own=store.known_shards(spec.capture_id),
         any={shard for capture_id in store.capture_ids() for shard in store.known_shards(capture_id)},
-        sources=sources(store, spec),
+        rows=captured_rows(store, spec.capture_id),
+        sources={capture_id: captured_rows(store, capture_id) for capture_id in sources(store, spec)},
     )
     plans: list[ShardPlan] = []
     todo: list[Shard] = []
@@ -125,8 +129,8 @@ def _plan_shard(
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     keys = {row.key for row in rows}
-    own = captured_keys(store, spec.capture_id, keys)
-    others = derivable(store, history.sources, keys - own.keys())
+    own = history.rows.places(keys)
+    others = derivable(history.sources, keys - own.keys())
     if others:
         from_ids = ", ".join(sorted({capture_id for capture_id, _ in others.values()}))
         reason += f"; {len(others):,} rows can be derived from {from_ids}"

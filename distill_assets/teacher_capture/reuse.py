@@ -13,8 +13,8 @@ from distill_assets.teacher_capture.store import CaptureStore, RowKey, read_row_
 Place = tuple[Path, int]  # a file and its row group
 
 
-class _KeyIndex:
-    """Row key -> where it is held; a file's keys are read once a process."""
+class KeyIndex:
+    """Row key -> where it is held, as when it last looked; a file's keys are read once a process."""
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[tuple[int, int], list[RowKey]]] = {}
@@ -52,19 +52,19 @@ def _keys_or_none(path: Path) -> list[RowKey]:
         return []
 
 
-_indexes: dict[Path, _KeyIndex] = {}
+_indexes: dict[Path, KeyIndex] = {}
 
 
-def held(folder: Path, files: Collection[Path], keys: Collection[str]) -> dict[str, Place]:
-    """Those of `keys` that `files` hold, and where. `folder` names the index that remembers these files."""
-    index = _indexes.setdefault(folder, _KeyIndex())
+def held(folder: Path, files: Collection[Path]) -> KeyIndex:
+    """The rows that `files` hold. `folder` names the index that remembers these files."""
+    index = _indexes.setdefault(folder, KeyIndex())
     index.look_at(files)
-    return index.places(keys)
+    return index
 
 
-def captured_keys(store: CaptureStore, capture_id: str, keys: Collection[str]) -> dict[str, Place]:
-    """Those of `keys` that are captured under this identity, in a capture or a chunk of one under way."""
-    return held(store.root / capture_id, store.reusable(capture_id), keys)
+def captured_rows(store: CaptureStore, capture_id: str) -> KeyIndex:
+    """The rows that are captured under this identity, in captures or in chunks of captures under way."""
+    return held(store.root / capture_id, store.reusable(capture_id))
 
 
 def targets_at(places: Mapping[str, Place]) -> dict[str, SparseTargets]:

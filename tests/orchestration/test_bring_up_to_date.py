@@ -29,6 +29,7 @@ from distill_assets.orchestration.states import AssetStates
 from distill_assets.orchestration.status import home_status
 from tests import tiny
 from tests.bench import edit, put_back
+from tests.devices import DEVICES
 
 WHOLE_RUN = [
     "tokenizer_compatibility",
@@ -160,6 +161,20 @@ def test_one_asset_only_of_an_incompatible_pair(tmp_path: Path, teacher_folder: 
     for _ in range(2):
         with pytest.raises(IncompatibleTokenizers):
             run(root, only="tokenizer_compatibility")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_whole_chain_in_half_precision(tmp_path: Path, teacher_folder: Path, device: str) -> None:
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=2, evaluation={"dense": True})
+    edit(root, teacher={"dtype": "bfloat16"}, training={"kd_weight": 1.0, "epochs": 20})
+    report = bring_up_to_date(defs, Home(root), device=device)
+    assert report.materialized == WHOLE_RUN and report.failures == {}
+    assert report.checks and all(check["passed"] for check in report.checks.values())
+    assert report.evaluation is not None
+    models = report.evaluation["models"]
+    for figure in ("kl_nats", "dense_kl_nats"):
+        assert models["student"][figure]["value"] < 0.9 * models["untrained"][figure]["value"]
+    assert bring_up_to_date(defs, Home(root), device=device).materialized == []
 
 
 def test_an_absent_device_fails_no_shard(fresh: Path) -> None:

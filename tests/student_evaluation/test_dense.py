@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -17,11 +18,12 @@ from distill_assets.student_evaluation.scoring import PositionScores, score_mode
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.teacher import Teacher
+from tests.devices import DEVICES
 from tests.student_evaluation.capturing import dense_logprobs, random_rows
 
 
 def loaded(teacher: PreTrainedModel, n_real: int) -> Teacher:
-    return Teacher(teacher, n_real, torch.tensor([], dtype=torch.int64))
+    return Teacher(teacher, n_real, torch.tensor([], dtype=torch.int64, device=teacher.device))
 
 
 def naive(log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, float, float, float]:
@@ -60,13 +62,15 @@ def check(
     np.testing.assert_allclose(scores.dense_acceptance_N, acceptance, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_equals_the_loops(teacher: PreTrainedModel, student: PreTrainedModel, n_real: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_the_loops(teacher: PreTrainedModel, student: PreTrainedModel, n_real: int, device: str) -> None:
     """Rows of several batches, longer than one chunk of the head; batches of teacher and student differ."""
     rows = random_rows(teacher, 7, k=5, n_real=n_real, lengths=(60, 90))
     assert sum(row.targets.n_positions for row in rows) > HEAD_ROWS
     v = StudentVocabulary(n_real)
-    dense = DenseTeacher.of(loaded(teacher, n_real), rows, v, batch_tokens=300)
-    scores = score_model(student, rows, v, dense=dense, batch_tokens=100)
+    there = [copy.deepcopy(model).to(device) for model in (teacher, student)]  # type: ignore[arg-type]
+    dense = DenseTeacher.of(loaded(there[0], n_real), rows, v, batch_tokens=300)
+    scores = score_model(there[1], rows, v, dense=dense, batch_tokens=100)
     check(scores, teacher, student, rows, v)
     assert scores.dense_kl_N is not None and scores.dense_kl_N.mean() > 0.05
     assert (scores.dense_kl_N >= scores.kl_N - 1e-5).all()  # what the K + 1 figure claims to be: a lower bound

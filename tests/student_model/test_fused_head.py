@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from distill_assets.foundation.language_model import PlainHead
 from distill_assets.student_model.fused_head import head_loss
 from distill_assets.student_model.losses import LossMixture, PositionTargets
+from tests.devices import DEVICES
 from tests.student_model.dense import LOSSES, dense_head_loss, random_targets
 
 N, D, V, W, K = 13, 6, 29, 32, 5  # three padding rows of the head
@@ -46,6 +47,17 @@ def targets_of(form: str, n: int = N, v: int = V, k: int = K) -> PositionTargets
 
 def trained(hidden_ND: Tensor, head: PlainHead) -> list[Tensor]:
     return [tensor for tensor in (hidden_ND, head.weight_WD, head.bias_W) if tensor is not None]
+
+
+def on(device: str, hidden_ND: Tensor, head: PlainHead) -> tuple[Tensor, PlainHead]:
+    """The same on another device; gradients arrive at the tensors given."""
+    bias_W = None if head.bias_W is None else head.bias_W.to(device)
+    return hidden_ND.to(device), replace(head, weight_WD=head.weight_WD.to(device), bias_W=bias_W)
+
+
+def there(device: str, targets: PositionTargets) -> PositionTargets:
+    columns = {field.name: getattr(targets, field.name) for field in fields(PositionTargets)}
+    return PositionTargets(**{name: None if c is None else c.to(device) for name, c in columns.items()})
 
 
 def as_float64(hidden_ND: Tensor, head: PlainHead) -> tuple[Tensor, PlainHead]:
@@ -109,12 +121,13 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *tensors: Again.apply(loss_of, *tensors), trained(hidden_ND, head))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_float32_is_within_2e_5_of_float64(name: str) -> None:
+def test_float32_is_within_2e_5_of_float64(name: str, device: str) -> None:
     form, mixture = LOSSES[name]
     given = inputs(torch.float32, n=96, d=32, w=600)
     targets = targets_of(form, n=96, v=600, k=16)
-    loss, _, _ = head_loss(*given, 600, UNUSED, targets, mixture, chunk_rows=32)
+    loss, _, _ = head_loss(*on(device, *given), 600, UNUSED.to(device), there(device, targets), mixture, chunk_rows=32)
     loss.backward()
     dense = as_float64(*given)
     expected = dense_head_loss(*dense, 600, UNUSED, targets, mixture)
@@ -124,14 +137,17 @@ def test_float32_is_within_2e_5_of_float64(name: str) -> None:
         assert relative_error(ours.grad, oracle.grad) < 2e-5
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_rounds_products_and_nothing_else(autocast: bool) -> None:
+def test_half_precision_rounds_products_and_nothing_else(autocast: bool, device: str) -> None:
     """The oracle has the same bfloat16 weights. 200 chunks added up in bfloat16 would be off by more."""
     form, mixture = LOSSES["forward_kl"]
     given = inputs(torch.float32 if autocast else torch.bfloat16, n=200, d=32, w=64)
     targets = targets_of(form, n=200, v=64, k=16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, _, _ = head_loss(*given, 64, UNUSED, targets, mixture, chunk_rows=1)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss, _, _ = head_loss(
+            *on(device, *given), 64, UNUSED.to(device), there(device, targets), mixture, chunk_rows=1
+        )
     loss.backward()
     assert loss.dtype == torch.float32
     dense = as_float64(*given)

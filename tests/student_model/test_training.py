@@ -31,6 +31,7 @@ from distill_assets.student_model.training import (
 )
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from tests.devices import DEVICES
 from tests.student_model.rows import captured_rows
 
 ORIGIN = StudentSettings(from_teacher_layers=[0, 2])
@@ -92,11 +93,12 @@ def test_a_student_is_saved_whole_loads_with_transformers_and_generates(
     assert seen[-1].note == f"loss {report.final_loss:.4f}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_curve_has_every_step_and_distillation_brings_the_student_to_the_teacher(
-    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path, device: str
 ) -> None:
     report = train_student(
-        spec_of(epochs=8, kd_weight=0.9), start, tokenizer, rows, tmp_path / "x", validation=rows[:3], device="cpu"
+        spec_of(epochs=8, kd_weight=0.9), start, tokenizer, rows, tmp_path / "x", validation=rows[:3], device=device
     )
     assert [point.step for point in report.curve] == list(range(1, report.steps + 1))
     for point in report.curve:

@@ -22,6 +22,7 @@ from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 from tests import tiny
+from tests.devices import DEVICES
 from tests.teacher_capture.test_engine import ROWS, dense_logprobs, load
 
 V, KEYS = 60, 20_000
@@ -152,9 +153,9 @@ def test_random_numbers_belong_to_the_row_and_the_kind() -> None:
     assert row_bits("0a", sampled, 1)[0, :3].tolist() == [1459086283, 1256111704, 1942826024]
 
 
-@pytest.fixture(scope="module")
-def teacher(teacher_folder: Path) -> Teacher:
-    return load(teacher_folder)
+@pytest.fixture(scope="module", params=DEVICES)
+def teacher(teacher_folder: Path, request: pytest.FixtureRequest) -> Teacher:
+    return load(teacher_folder, request.param)
 
 
 def scored(teacher: Teacher, order: list[int], settings: TargetSettings, batch_tokens: int) -> list[SparseTargets]:

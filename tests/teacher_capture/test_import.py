@@ -29,7 +29,7 @@ from distill_assets.teacher_capture.importing import ImportReport, import_jsonl
 from distill_assets.teacher_capture.inspection import inspect_capture
 from distill_assets.teacher_capture.interchange import export_jsonl
 from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
-from distill_assets.teacher_capture.reuse import captured_keys
+from distill_assets.teacher_capture.reuse import captured_rows
 from distill_assets.teacher_capture.sparse_targets import ROUNDED_LOG_MASS
 from distill_assets.teacher_capture.store import FOOTER, read_row_keys, read_rows
 from tests import tiny
@@ -113,7 +113,7 @@ def test_neither_serves_rows_of_the_other(bench: Bench) -> None:
     keys = {row.key for row in read_rows(bench.store.pinned_path("s0", bench.shards["s0"].version))}
     own_rows = [{"input_ids": row["input_ids"], "loss_mask": [0, 1, 1, 1]} for row in lines()]
     tiny.write_jsonl(bench.home.root / "shards" / "copy.jsonl", [*own_rows, {"input_ids": [9, 8, 7]}])
-    assert not captured_keys(bench.store, bench.spec.capture_id, keys) and not sources(bench.store, bench.spec)
+    assert not captured_rows(bench.store, bench.spec.capture_id).places(keys) and not sources(bench.store, bench.spec)
     stats = capture_shard(bench.spec, bench.shards["copy"], bench.store, device="cpu").capture.stats
     assert (stats.rows_captured, stats.rows_reused) == (4, 0)
     again = import_lines(bench, lines(2), "other").capture

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from distill_assets.teacher_capture.capture import capture_shard
 from tests import tiny
 from tests.bench import Bench
+from tests.devices import NEEDS_CUDA
 
 MIB = 1 << 20
 CAPTURE = """
@@ -88,3 +92,24 @@ def test_a_row_that_does_not_fit_alone_is_one_clear_line(tmp_path: Path, tokeniz
     assert "lower data.max_length" in answer["error"]
     bench = Bench(root)
     assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_a_gpu_without_room_halves_its_passes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=2048)
+    bench = Bench(make(tmp_path / "home", teacher))
+    roomy = capture_shard(bench.spec, bench.shards["s0"], bench.store, device=device, batch_tokens=8192).capture
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 120 * MIB
+    notes = set()
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        tight = capture_shard(
+            bench.spec, bench.shards["s0"], bench.store,
+            device=device, batch_tokens=8192, force=True, on_progress=lambda progress: notes.add(progress.note),
+        ).capture  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any(note.startswith("memory ran out: ") for note in notes)
+    assert tight.stats.rows == roomy.stats.rows and tight.stats.tokens_captured == roomy.stats.tokens_captured
+    assert tight.stats.mean_entropy == pytest.approx(roomy.stats.mean_entropy, abs=1e-3)
