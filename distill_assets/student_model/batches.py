@@ -66,16 +66,21 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     samples if there are; the control's batches have none. No rows (a process whose share of a batch is
     empty) give one padding token that trains nothing.
     """
-    longest = max((len(row.input_ids) for row in rows), default=1)
-    ids_BT = torch.zeros((max(1, len(rows)), longest), dtype=torch.int64)
-    labels_BT = torch.full_like(ids_BT, IGNORED)
-    for b, row in enumerate(rows):
-        ids = torch.from_numpy(row.input_ids.astype(np.int64))
-        ids_BT[b, : len(ids)] = ids
-        positions = torch.from_numpy(row.targets.positions_P.astype(np.int64))
-        labels_BT[b, positions] = ids[positions + 1]
+    lengths_B = np.array([len(row.input_ids) for row in rows] or [1])
+    ids_BT = np.zeros((len(lengths_B), lengths_B.max()), dtype=np.int64)
+    labels_BT = np.full_like(ids_BT, IGNORED)
+    if rows:  # all of them at once: the tensors of a row are so small that calls would cost more than work
+        ids_M = np.concatenate([row.input_ids for row in rows])
+        ids_BT[np.arange(ids_BT.shape[1]) < lengths_B[:, None]] = ids_M
+        position_N = np.concatenate([row.targets.positions_P for row in rows])
+        row_N = np.repeat(np.arange(len(rows)), [row.targets.n_positions for row in rows])
+        labels_BT[row_N, position_N] = ids_BT[row_N, position_N + 1]
     weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
-    batch = {"ids_BT": ids_BT, "labels": labels_BT, "weight_N": _joined(weights, np.zeros(0, np.float32))}
+    batch = {
+        "ids_BT": torch.from_numpy(ids_BT),
+        "labels": torch.from_numpy(labels_BT),
+        "weight_N": _joined(weights, np.zeros(0, np.float32)),
+    }
     if with_targets:
         batch |= _targets([row.targets for row in rows])
     return batch
