@@ -30,7 +30,7 @@ test: check  ## everything `check` does, then the tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-live: setup  ## a real daemon, web UI and browser on tiny homes; a quarter of an hour and more
-	$(BIN)/pytest -n 2 --dist loadfile tests/live
+	$(BIN)/pytest -n 2 --dist loadfile tests/web/live
 
 check: setup  ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check .

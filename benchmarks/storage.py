@@ -34,7 +34,7 @@ SCAN_ROWS = 16  # rows of one batch of training tensors: about the 2,048 tokens 
 
 def main() -> None:
     options = arguments(
-        __doc__, tokens=(int, 8000, "tokens captured"), repeats=(int, 5, "rounds of reading that count")
+        __doc__, tokens=(int, 16_000, "tokens captured"), repeats=(int, 5, "rounds of reading that count")
     )
     with scratch() as name:
         folder = Path(name)

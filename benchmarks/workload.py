@@ -37,9 +37,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from distill_assets.dataset_shards.discover import Shard, discover_shards
 from distill_assets.demo import TEACHER, TEACHER_PACKAGE, convert_teacher, demo_corpus, find_gguf
 from distill_assets.foundation.home import Home
-from distill_assets.foundation.language_model import load_tokenizer
 from distill_assets.foundation.model_folders import resolve_model
 from distill_assets.foundation.progress import ignore_progress
+from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 

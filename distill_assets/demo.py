@@ -256,7 +256,7 @@ def convert_teacher(gguf: Path, folder: Path, on_progress: ProgressListener) -> 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from distill_assets.foundation.language_model import quiet_transformers
+    from distill_assets.foundation.tokenizers import quiet_transformers
 
     began = time.monotonic()
 

@@ -95,6 +95,25 @@ def test_run_answers_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
     assert Path(answer("report", home=root)["path"]).is_file()
 
 
+LIST_HEAVY = """
+import sys
+from distill_assets.cli import main
+try:
+    main()
+finally:
+    print("imported:", sorted({"torch", "transformers"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "run", "report"])
+def test_that_all_is_current_is_known_without_torch(made: tuple[Path, dict[str, Any]], command: str) -> None:
+    """To import it takes longer than all the rest."""
+    words = [sys.executable, "-c", LIST_HEAVY, command, "--home", str(made[0])]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.endswith("imported: []\n"), result.stderr
+
+
 def test_students_of_the_home_are_compared(made: tuple[Path, dict[str, Any]]) -> None:
     root, ran = made
     told = answer("report", "--compare", ran["student_id"][:6], ran["control_id"], home=root)

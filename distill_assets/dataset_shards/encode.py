@@ -67,6 +67,16 @@ def row_key(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:
     return hashlib.sha256(input_ids.astype("<i4").tobytes() + mask_T.tobytes()).hexdigest()[:32]
 
 
+def supervised_positions(row: EncodedRow) -> NDArray[np.int32]:
+    """Positions t whose next token is a target: `loss_mask[t + 1]`; ascending."""
+    return np.flatnonzero(row.loss_mask[1:]).astype(np.int32)
+
+
+def encoding_identity(data: DataSettings) -> dict[str, Any]:
+    """What besides the tokenizer decides ids and masks, as JSON values."""
+    return {"rules": ENCODING_RULES, "max_length": data.max_length, "supervise": data.supervise}
+
+
 class Encoder:
     """Encodes rows with one tokenizer under one home's data settings. `n_real`: ids are below it.
 
@@ -85,11 +95,6 @@ class Encoder:
         self.n_real = n_real
         self._front = inserted_ids(tokenizer)[0]
         self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What besides the tokenizer decides ids and masks, as JSON values."""
-        return {"rules": ENCODING_RULES, "max_length": self._data.max_length, "supervise": self._data.supervise}
 
     @property
     def skips_bad_rows(self) -> bool:

@@ -62,7 +62,7 @@ def content_hash(path: Path) -> str:
 
 
 class HashCache:
-    """Content hashes of files, kept in one JSON file between processes.
+    """Content hashes of files, and what else takes long to find out, kept in one JSON file between processes.
 
     Losing the cache, or two processes overwriting each other's, costs reading and nothing else.
     """
@@ -81,16 +81,19 @@ class HashCache:
 
     def hash_of(self, path: Path, compute: Callable[[Path], str] = content_hash) -> str:
         """The hash of `path`'s content, read only if the file is not the one remembered."""
-        name = str(path.resolve())
         try:
             stat = path.stat()
         except FileNotFoundError:
             raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
         signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        return str(self.value_of(str(path.resolve()), signature, lambda: compute(path)))
+
+    def value_of(self, name: str, signature: Any, compute: Callable[[], Any]) -> Any:
+        """What was found out about `name` under this very `signature`, else computed. Both are JSON values."""
         entry = self._known.get(name)
         if isinstance(entry, list) and len(entry) == 2 and entry[0] == signature:
-            return str(entry[1])
-        value = compute(path)
+            return entry[1]
+        value = compute()
         self._known[name] = [signature, value]
         self._fresh.add(name)
         return value

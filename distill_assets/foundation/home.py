@@ -75,6 +75,11 @@ class Home:
         return self.root / "comparisons"
 
     @property
+    def training(self) -> Path:
+        """Checkpoints of students under way."""
+        return self.root / ".cache" / "training"
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 

@@ -10,20 +10,18 @@ each loaded model that body, head and logit transform give what its own forward 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import Dtype
+from distill_assets.foundation.tokenizers import first_line, quiet_transformers
 
 # Most float32 logits held at once, in rows of the whole head and in bytes. A GPU reads the head from its
 # memory for each chunk, and wants many rows for it; a CPU is fastest while a chunk stays in its caches.
@@ -31,51 +29,6 @@ HEAD_ROWS, HEAD_BYTES = 128, 24 << 20
 BLOCK_BYTES = 8 << 20  # of a block of the vocabulary, on a CPU
 _GPU_HEAD_ROWS, _GPU_HEAD_BYTES = 4096, 256 << 20
 NEVER = -1.0e30  # logit of an id that is not real; finite, so that 0 * NEVER stays 0
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own bars and advice while a model loads; ours say what matters."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """The tokenizer exactly as the code that encodes uses it; remote code is refused.
-
-    A process loads an unchanged tokenizer once; do not change the one you get.
-    """
-    folder.require_tokenizer()
-    files = sorted(file for file in folder.path.iterdir() if file.suffix not in (".safetensors", ".lock"))
-    return _load_tokenizer(folder, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
-
-
-@lru_cache(maxsize=8)
-def _load_tokenizer(folder: ModelFolder, signature: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each backend raises its own kinds for a damaged file
-        if "custom code" in str(error):
-            raise ModelError(
-                f"{folder.name}: the tokenizer in {folder.path} needs code of its own (auto_map in its "
-                "tokenizer_config.json), which is never run; use one that transformers has itself"
-            ) from None
-        raise ModelError(
-            f"{folder.name}: the tokenizer in {folder.path} cannot be loaded ({_first_line(error)})"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device, spread: bool = False) -> PreTrainedModel:
@@ -97,9 +50,7 @@ def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device, spread: 
                 **({"device_map": "auto"} if spread else {}),
             )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
-        raise ModelError(
-            f"{folder.name}: the model in {folder.path} cannot be loaded ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"{folder.name}: the model in {folder.path} cannot be loaded ({first_line(error)})") from error
     model: PreTrainedModel
     model, loaded = both
     # What a file lacks, transformers fills with random numbers and a warning.
@@ -113,17 +64,6 @@ def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device, spread: 
     model.eval()
     verify_split(model, folder.name)
     return model
-
-
-def real_vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """V: one more than the largest id the tokenizer has a token for."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def unused_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids below V that no token has; masked like padding."""
-    used = set(tokenizer.get_vocab().values())
-    return [i for i in range(max(used) + 1) if i not in used]
 
 
 def forward_batch_tokens(device: torch.device) -> int:

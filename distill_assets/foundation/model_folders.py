@@ -10,7 +10,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WITH_WEIGHTS = (*_WITHOUT_WEIGHTS, "*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+FileStamp = tuple[str, int, int, int, int]  # name, size, dates, inode: other bytes, another stamp
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class ModelFolder:
             raise ModelError(f"{self.name}: config.json in {self.path} is not a mapping")
         return config
 
-    def require_tokenizer(self) -> None:
+    def tokenizer_stamp(self) -> tuple[FileStamp, ...]:
+        """Stamps of all files a tokenizer may be made of; ModelError when there is no tokenizer."""
         if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(f"{self.name}: no tokenizer in {self.path}; save one there with save_pretrained")
+        return _stamps(file for file in self.path.iterdir() if file.suffix not in (".safetensors", ".lock"))
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, sorted; ModelError when there are none, or an index names a missing one."""
@@ -80,10 +85,9 @@ class ModelFolder:
         stamp = self.stamp()
         return Weights(self, self.fingerprint(hashes), stamp)
 
-    def stamp(self) -> tuple[tuple[str | int, ...], ...]:
-        """Names, sizes, dates and inodes of configuration and weight files: other bytes, another stamp."""
-        stats = [(file.name, file.stat()) for file in (self.path / "config.json", *self.weight_files())]
-        return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
+    def stamp(self) -> tuple[FileStamp, ...]:
+        """Stamps of configuration and weight files."""
+        return _stamps([self.path / "config.json", *self.weight_files()])
 
     def n_parameters(self) -> int:
         """Numbers in the weight files, from their headers."""
@@ -96,7 +100,12 @@ class Weights:
 
     folder: ModelFolder
     fingerprint: str
-    stamp: tuple[tuple[str | int, ...], ...]
+    stamp: tuple[FileStamp, ...]
+
+
+def _stamps(files: Iterable[Path]) -> tuple[FileStamp, ...]:
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats))
 
 
 def _n_parameters(file: Path) -> int:

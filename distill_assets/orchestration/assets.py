@@ -1,6 +1,6 @@
 """The seven assets. Each body is one call between two translations: settings in, metadata out."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -14,11 +14,13 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
 from distill_assets.orchestration.states import OFF, AssetStates
 from distill_assets.student_model.identity import StudentKind
-from distill_assets.teacher_capture.capture import CaptureReport
+
+if TYPE_CHECKING:
+    from distill_assets.teacher_capture.capture import CaptureReport
 
 PROCESS = {"process_mark"}  # initialised before a run waits for its pool
 OWNERS = ["team:distillation"]
-CAPTURED_TAG = "distill/captured"  # of a run, in words
+WHY_TAG, CAPTURED_TAG = "distill/why", "distill/captured"  # of a run, in words
 GPU_POOL, CATALOG_POOL = "gpu", "catalog"
 # A range of partitions is one run only if every selected asset says so, unpartitioned ones included.
 MADE_HERE: dict[str, Any] = {
@@ -122,6 +124,9 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
 )
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
     states = look()
+    if WHY_TAG not in context.run.tags:  # `distill run` says more
+        why = metadata.why(states.pipeline.capture_states(context.partition_keys))
+        context.instance.add_run_tags(context.run.run_id, {WHY_TAG: why})
     reports: list[CaptureReport] = []
     failures: list[Exception] = []
     for key in context.partition_keys:

@@ -14,16 +14,16 @@ from typing import Any
 import dagster as dg
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, StaleInputs, UsageError
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration import metadata, records
+from distill_assets.orchestration.assets import WHY_TAG
 from distill_assets.orchestration.checks import CAPTURE_CHECKS, WITH_TEACHER
 from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags
 from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
-from distill_assets.student_evaluation.report import HTML_FILE
+from distill_assets.student_evaluation.identity import HTML_FILE
 from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
 
 StepListener = Callable[[str], None]
@@ -94,7 +94,10 @@ def bring_up_to_date(
         raise UsageError(f"there is no asset {only} to run; choose one of: {', '.join(INPUTS)}")
     if only is not None and shards:
         raise UsageError("give --shard or --only, not both")
-    resolve_device(device)  # before a shard is tried, and not once a shard
+    if device not in ("auto", "cpu"):  # these are everywhere, and looking for others takes torch, and seconds
+        from distill_assets.foundation.devices import resolve_device
+
+        resolve_device(device)  # before a shard is tried, and not once a shard
     started = time.monotonic()
     report = RunReport() if report is None else report
     home.sweep()
@@ -260,7 +263,7 @@ class _Walk:
         job = self.job
         if asset == "teacher_capture":
             job, selection = self.captures_alone, {}
-        tags = {"distill/why": why} if why else {}
+        tags = {WHY_TAG: why} if why else {}
         result = self._execute(job, config, tags=tags, partition_key=partition, **selection)
         self.report.materialized.append(f"{asset}[{partition}]" if partition else asset)
         [event] = result.asset_materializations_for_node(asset)

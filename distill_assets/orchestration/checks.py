@@ -14,7 +14,6 @@ from distill_assets.orchestration.assets import GPU_POOL, PROCESS, capture_catal
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.students import StudentSide
 from distill_assets.teacher_capture.checks import check_aligned, check_complete
-from distill_assets.teacher_capture.faithful import check_faithful
 
 ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 
@@ -105,6 +104,8 @@ def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: Faithful
     captures = [e.capture for e in pipeline.entries if e.capture.shard in shards and not e.capture.is_imported]
     if shards and not captures:
         return _result(True, ERROR, "imported captures are of another engine, which cannot be asked again", {})
+    from distill_assets.teacher_capture.faithful import check_faithful  # and torch, which takes seconds
+
     try:
         report = check_faithful(pipeline.spec, captures, config.device)
     except CaptureError as error:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill_assets.foundation.errors import ModelError
-from distill_assets.foundation.fingerprints import digest
-from distill_assets.foundation.language_model import load_tokenizer, quiet_transformers
+from distill_assets.foundation.fingerprints import HashCache, digest
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.settings import Settings
+from distill_assets.foundation.tokenizers import load_tokenizer, quiet_transformers
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.tokenizer_compatibility.compare import (
     TokenizerReport,
@@ -17,7 +18,7 @@ from distill_assets.tokenizer_compatibility.compare import (
     compare_tokenizers,
     inherited_report,
 )
-from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
+from distill_assets.tokenizer_compatibility.facts import tokenizer_facts
 
 CHECK_VERSION = 2  # part of a verdict's identity: raised when a verdict would come out differently
 
@@ -51,7 +52,7 @@ def student_head_width(settings: Settings, spec: CaptureSpec, student: ModelFold
     """Rows of the student's head: its own, its teacher's, or its configuration's (default: the real ids)."""
     origin = settings.student
     if origin.config is not None:
-        return int(origin.config.get("vocab_size", spec.encoder.n_real))
+        return int(origin.config.get("vocab_size", spec.tokenizer.ids.n_real))
     folder = student or spec.teacher
     width = configured_head_width(folder)
     if width is None:
@@ -59,13 +60,13 @@ def student_head_width(settings: Settings, spec: CaptureSpec, student: ModelFold
     return width
 
 
-def identity(settings: Settings, spec: CaptureSpec, student: ModelFolder | None) -> str:
+def identity(settings: Settings, spec: CaptureSpec, student: ModelFolder | None, hashes: HashCache) -> str:
     """Hash of all that the verdict depends on."""
     return digest(
         {
             "check": CHECK_VERSION,
             "teacher": [spec.identity["tokenizer"], configured_head_width(spec.teacher)],
-            "student": tokenizer_fingerprint(load_tokenizer(student)) if student else None,
+            "student": tokenizer_facts(student, hashes).fingerprint if student else None,
             "student_head": student_head_width(settings, spec, student),
             "accept": settings.tokenizer.accept,
         }
@@ -107,9 +108,20 @@ def _side(folder: ModelFolder) -> TokenizerSide:
     return TokenizerSide(folder.name, load_tokenizer(folder), width, _tied(folder))
 
 
-def written_identity(file: Path) -> str | None:
-    """The identity a tokenizer_report.json was written for; None when there is none that can be read."""
+@dataclass(frozen=True)
+class WrittenVerdict:
+    """What a tokenizer_report.json says, and the identity it was written for."""
+
+    identity: str
+    usable: bool
+    verdict: str
+    reasons: tuple[str, ...]
+
+
+def written_verdict(file: Path) -> WrittenVerdict | None:
+    """What was found out last; None when there is no report that can be read."""
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["identity"])
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return WrittenVerdict(told["identity"], told["usable"] is True, told["verdict"], tuple(told["reasons"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -27,8 +27,8 @@ from distill_assets.teacher_capture.contents import Item, Needs, contents, is_ou
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing that goes: a capture, unfinished chunks, a failure record, a leftover, a student, a report,
-    a comparison, or a folder that is empty then.
+    """One thing that goes: a capture, unfinished chunks, a failure record, a leftover, a student, the checkpoints of
+    one, a report, a comparison, or a folder that is empty then.
     """
 
     kind: str
@@ -158,6 +158,8 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
         current[home.reports] = {students.report_id}
     else:
         kept.append("reports: the current one is not written yet")
+    for folder in sorted(home.training.glob("*")):  # of students that nobody waits for any more
+        yield Removal("checkpoints", folder, size_of(folder))
     for root, names in current.items():
         if _is_link(root, kept):
             continue

@@ -1,9 +1,12 @@
 """Reports of the domain as Dagster metadata: what a person sees on an asset's page."""
 
+from __future__ import annotations
+
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -18,15 +21,17 @@ from distill_assets.orchestration.partitions import (
     shard_data_version,
 )
 from distill_assets.orchestration.pipeline import Pipeline
-from distill_assets.student_evaluation.figures import TEACHER
-from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
+from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, SUMMARY_FILE, TEACHER
 from distill_assets.student_model.saving import StudentRecord
-from distill_assets.teacher_capture.capture import CaptureReport
 from distill_assets.teacher_capture.checks import AlignedReport, CompleteReport
-from distill_assets.teacher_capture.faithful import FaithfulReport
+from distill_assets.teacher_capture.plan import State
 from distill_assets.teacher_capture.store import Capture
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport
 from distill_assets.tokenizer_compatibility.markdown import as_markdown
+
+if TYPE_CHECKING:
+    from distill_assets.teacher_capture.capture import CaptureReport
+    from distill_assets.teacher_capture.faithful import FaithfulReport
 
 WRITTEN = "file written"  # False when the capture was current and nothing was done
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
@@ -121,6 +126,12 @@ def of_capture_report(report: CaptureReport) -> Metadata:
     if report.bad_rows:
         values["skipped rows"] = dg.MetadataValue.md("\n".join(f"- {line}" for line in report.bad_rows[:MOST_LISTED]))
     return values
+
+
+def why(states: Sequence[State]) -> str:
+    """Why a run captures these shards, for its tags: `changed`, or `2 changed, 1 new`."""
+    counts = Counter(states)
+    return ", ".join(counts) if len(states) == 1 else ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
 
 
 def in_words(reports: Sequence[CaptureReport]) -> str:

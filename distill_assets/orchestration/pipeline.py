@@ -1,14 +1,17 @@
 """What each asset of a home would make now: settings translated into the domain's values.
 
 A `Pipeline` is a snapshot: distill.yaml and the shard files are looked at once. Every tick, run
-and command makes a new one, so an edit is seen at once. Nothing here knows Dagster.
+and command makes a new one, so an edit is seen at once. Nothing here knows Dagster. What needs torch, which
+takes seconds to import, is imported where it is made: to know that all is current takes none.
 """
 
-from collections.abc import Collection
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
@@ -20,13 +23,15 @@ from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.orchestration import compatibility
-from distill_assets.student_model.initial import require_layers
-from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
+from distill_assets.student_model.origin import require_layers
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
 from distill_assets.teacher_capture.importing import ImportReport, import_jsonl
-from distill_assets.teacher_capture.plan import CapturePlan, plan_capture
+from distill_assets.teacher_capture.plan import CapturePlan, State, capture_states, plan_capture
 from distill_assets.teacher_capture.store import Capture, CaptureStore
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport, require_compatible
+
+if TYPE_CHECKING:
+    from distill_assets.teacher_capture.capture import CaptureReport
 
 
 class Pipeline:
@@ -66,7 +71,9 @@ class Pipeline:
 
     @cached_property
     def tokenizer_identity(self) -> str:
-        return compatibility.identity(self.settings, self.spec, self.student_folder)
+        identity = compatibility.identity(self.settings, self.spec, self.student_folder, self.hashes)
+        self.hashes.save()
+        return identity
 
     def tokenizer_report(self) -> TokenizerReport:
         return compatibility.report(
@@ -78,8 +85,10 @@ class Pipeline:
         )
 
     @property
-    def tokenizer_report_is_current(self) -> bool:
-        return compatibility.written_identity(self.home.tokenizer_report) == self.tokenizer_identity
+    def tokenizer_verdict(self) -> compatibility.WrittenVerdict | None:
+        """What tokenizer_report.json says of this very pair; None when it is of another, or not there."""
+        written = compatibility.written_verdict(self.home.tokenizer_report)
+        return written if written and written.identity == self.tokenizer_identity else None
 
     def check_tokenizers(self) -> TokenizerReport:
         """Reach the verdict and write tokenizer_report.json, whatever it is."""
@@ -94,10 +103,13 @@ class Pipeline:
 
     def require_usable_pair(self) -> None:
         """The guard in front of capture and training, whichever way they are started: a student that can
-        be made, and tokenizers that agree.
+        be made, and tokenizers that agree. A verdict that was written stands; a refusal is reached again, with its
+        evidence.
         """
         self.require_layers()
-        require_compatible(self.tokenizer_report())
+        written = self.tokenizer_verdict
+        if written is None or not written.usable:
+            require_compatible(self.tokenizer_report())
 
     # captures --------------------------------------------------------------------------------
 
@@ -120,6 +132,8 @@ class Pipeline:
         on_progress: ProgressListener = ignore_progress,
     ) -> CaptureReport:
         """Make one shard's capture current. The tokenizer guard comes before the teacher."""
+        from distill_assets.teacher_capture.capture import capture_shard
+
         self.require_usable_pair()
         return capture_shard(
             self.spec,
@@ -189,6 +203,10 @@ class Pipeline:
         self.require_layers()
         catalogued = read_meta(self.home.catalog)
         return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
+
+    def capture_states(self, keys: Sequence[str]) -> list[State]:
+        """The states of those of these shards whose files can be used."""
+        return capture_states(self.spec, [self.shards[key] for key in keys if key in self.shards], self.store)
 
     # catalog ---------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class AssetStates:
     def is_current(self, asset: str) -> bool:
         """Whether the artifact of this identity is there."""
         if asset == "tokenizer_compatibility":
-            return self.pipeline.tokenizer_report_is_current
+            return self.pipeline.tokenizer_verdict is not None
         if asset == "teacher_capture":
             return not self.pipeline.uncaptured
         if asset == "capture_catalog":

@@ -8,7 +8,7 @@ from typing import Literal
 from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
-from distill_assets.student_evaluation.report import HTML_FILE
+from distill_assets.student_evaluation.identity import HTML_FILE
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.saving import read_student
 from distill_assets.teacher_capture.plan import CapturePlan
@@ -119,10 +119,8 @@ def _state(states: AssetStates, asset: str, stale_inputs: Sequence[str], plan: C
 
 def _refusal(pipeline: Pipeline) -> str:
     """Why the tokenizer report of this very pair says that it cannot be used, or ""."""
-    if not pipeline.tokenizer_report_is_current:
-        return ""
-    report = pipeline.tokenizer_report()
-    return "" if report.usable else f"{report.verdict}: {'; '.join(report.reasons)}"
+    found = pipeline.tokenizer_verdict
+    return "" if found is None or found.usable else f"{found.verdict}: {'; '.join(found.reasons)}"
 
 
 def _why_stale(states: AssetStates, asset: str) -> str:

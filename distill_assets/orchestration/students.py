@@ -1,4 +1,9 @@
-"""What the students and their evaluation would be now: the second half of a home's pipeline."""
+"""What the students and their evaluation would be now: the second half of a home's pipeline.
+
+As in the first half, what needs torch is imported where it is made.
+"""
+
+from __future__ import annotations
 
 import json
 from dataclasses import asdict
@@ -7,32 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
-from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, TrainingError
-from distill_assets.foundation.language_model import load_model, load_tokenizer
+from distill_assets.foundation.files import remove
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
+from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.orchestration import compatibility
 from distill_assets.orchestration.pipeline import Pipeline
-from distill_assets.student_evaluation.evaluation import evaluate
-from distill_assets.student_evaluation.per_row import ROWS_FILE
-from distill_assets.student_evaluation.report import (
-    HTML_FILE,
-    JSON_FILE,
-    SUMMARY_FILE,
-    Heldout,
-    ReportDetails,
-    report_id,
-    write_report,
-)
+from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
+from distill_assets.student_model.checkpoints import folder_under_way
 from distill_assets.student_model.identity import StudentKind, student_id
-from distill_assets.student_model.initial import initial_student, initial_weights_fingerprint
+from distill_assets.student_model.origin import initial_weights_fingerprint
 from distill_assets.student_model.saving import StudentRecord, StudentSpec, UsedCapture, read_student
-from distill_assets.student_model.training import train_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_row_keys, read_rows
-from distill_assets.teacher_capture.teacher import release_teacher, teacher_in_turn
+from distill_assets.tokenizer_compatibility.facts import tokenizer_facts
 
 
 class StudentSide:
@@ -75,8 +70,8 @@ class StudentSide:
         """Ids that both sides have: the outcomes of the student's softmax."""
         folder = self.pipeline.student_folder
         width = compatibility.student_head_width(self.settings, self.pipeline.spec, folder)
-        teacher = load_tokenizer(self.pipeline.spec.teacher)
-        return shared_vocabulary(teacher, load_tokenizer(folder) if folder else None, width)
+        student = tokenizer_facts(folder, self.pipeline.hashes).ids if folder else None
+        return shared_vocabulary(self.pipeline.spec.tokenizer.ids, student, width)
 
     @cached_property
     def ids(self) -> dict[StudentKind, str]:
@@ -150,7 +145,14 @@ class StudentSide:
         self.require_inputs()
         self.pipeline.require_usable_pair()
         if force or not self.exists(kind):
+            from distill_assets.foundation.devices import resolve_device
+            from distill_assets.student_model.training import train_student
+            from distill_assets.teacher_capture.teacher import release_teacher
+
             spec = self.pipeline.spec
+            under_way = folder_under_way(self.home.training, self.ids[kind], str(resolve_device(device)))
+            if force:
+                remove(under_way)
             release_teacher()  # the student needs the room, and never the teacher
             train_student(
                 self._spec(kind),
@@ -161,6 +163,7 @@ class StudentSide:
                 validation=self._rows("validation"),
                 max_missing_mass=self.settings.tokenizer.max_missing_mass,
                 device=device,
+                under_way=under_way,
                 on_progress=on_progress,
             )
         refresh_lineage(self.home.catalog, self.home.students)
@@ -181,6 +184,9 @@ class StudentSide:
         )
 
     def _initial(self, device: str) -> Any:
+        from distill_assets.foundation.devices import resolve_device
+        from distill_assets.student_model.initial import initial_student
+
         return initial_student(
             self.settings.student,
             self.pipeline.spec.teacher,
@@ -201,6 +207,12 @@ class StudentSide:
         return self.report_folder
 
     def _write_report(self, device: str, on_progress: ProgressListener) -> None:
+        from distill_assets.foundation.devices import resolve_device
+        from distill_assets.foundation.language_model import load_model
+        from distill_assets.student_evaluation.evaluation import evaluate
+        from distill_assets.student_evaluation.report import Heldout, ReportDetails, write_report
+        from distill_assets.teacher_capture.teacher import teacher_in_turn
+
         target = resolve_device(device)
         models = {"untrained": lambda: self._initial(device).eval()}
         for kind in self.kinds:

@@ -19,10 +19,10 @@ import numpy as np
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
-from distill_assets.student_evaluation.figures import CONTROL, STUDENT, figures_of
+from distill_assets.student_evaluation.figures import figures_of
+from distill_assets.student_evaluation.identity import CONTROL, JSON_FILE, ROWS_FILE, STUDENT
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, METRICS, RECORD_METRICS, Metric
-from distill_assets.student_evaluation.per_row import ROWS_FILE, RowSums
-from distill_assets.student_evaluation.report import JSON_FILE
+from distill_assets.student_evaluation.per_row import RowSums
 from distill_assets.student_model.saving import RECORD_FILE, StudentRecord, read_student
 
 

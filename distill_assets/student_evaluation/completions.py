@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill_assets.foundation.language_model import head_width, quiet_transformers
+from distill_assets.foundation.language_model import head_width
+from distill_assets.foundation.tokenizers import quiet_transformers
 from distill_assets.student_evaluation.samples import CONTEXT_TOKENS
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow

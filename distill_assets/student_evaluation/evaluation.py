@@ -22,17 +22,8 @@ from distill_assets.student_evaluation.completions import (
     make_completion,
 )
 from distill_assets.student_evaluation.dense import DenseTeacher
-from distill_assets.student_evaluation.figures import (
-    CONTROL,
-    STUDENT,
-    TEACHER,
-    UNTRAINED,
-    EntropyBin,
-    PositionTable,
-    Scope,
-    entropy_bins,
-    kept_mass,
-)
+from distill_assets.student_evaluation.figures import EntropyBin, PositionTable, Scope, entropy_bins, kept_mass
+from distill_assets.student_evaluation.identity import CONTROL, STUDENT, TEACHER, UNTRAINED
 from distill_assets.student_evaluation.metrics import BY_KEY, METRICS, Metric
 from distill_assets.student_evaluation.per_row import RowSums
 from distill_assets.student_evaluation.samples import Sample, choose_samples, make_sample

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
 from distill_assets.student_evaluation.calibration import Calibration, calibration_error
+from distill_assets.student_evaluation.identity import CONTROL, STUDENT, TEACHER
 from distill_assets.student_evaluation.metrics import METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.scoring import PositionScores
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
-TEACHER, STUDENT, CONTROL, UNTRAINED = "teacher", "student", "control", "untrained"
 MOST_BINS = 8
 FEWEST_IN_BIN = 25  # positions; fewer make an agreement that jumps by 4 points at each of them
 

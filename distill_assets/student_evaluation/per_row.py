@@ -19,7 +19,6 @@ from distill_assets.foundation.errors import UnreadableFile
 from distill_assets.student_evaluation.figures import PositionTable
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
-ROWS_FILE = "rows.parquet"
 _ABOUT = ("shard", "row", "key", "positions")
 
 

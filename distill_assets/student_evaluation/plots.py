@@ -21,7 +21,7 @@ from PIL import Image
 
 from distill_assets.student_evaluation.bootstrap import Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import STUDENT, TEACHER
+from distill_assets.student_evaluation.identity import STUDENT, TEACHER
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, RECORD_METRICS, Metric
 
 Curve = Sequence[Mapping[str, Any]]

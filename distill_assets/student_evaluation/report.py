@@ -7,18 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
-from distill_assets.foundation.fingerprints import digest
 from distill_assets.student_evaluation.bootstrap import REPLICATES
 from distill_assets.student_evaluation.calibration import N_BINS
 from distill_assets.student_evaluation.completions import Completion
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import TEACHER, Scope
+from distill_assets.student_evaluation.figures import Scope
+from distill_assets.student_evaluation.identity import (
+    HTML_FILE,
+    JSON_FILE,
+    REPORT_VERSION,
+    ROWS_FILE,
+    SUMMARY_FILE,
+    TEACHER,
+)
 from distill_assets.student_evaluation.metrics import DENSE_METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.page import data_uri, template
-from distill_assets.student_evaluation.per_row import ROWS_FILE
 from distill_assets.student_evaluation.samples import Ranked, Sample
 from distill_assets.student_evaluation.wording import (
     calibration_rows,
@@ -31,10 +35,9 @@ from distill_assets.student_evaluation.wording import (
 )
 
 if TYPE_CHECKING:
-    from distill_assets.student_evaluation.plots import Curve
+    from transformers import PreTrainedTokenizerBase
 
-REPORT_VERSION = 2  # part of a report's identity: raised when figures would come out differently
-HTML_FILE, JSON_FILE, SUMMARY_FILE = "report.html", "report.json", "summary.md"
+    from distill_assets.student_evaluation.plots import Curve
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,6 @@ class ReportFiles:
     html: Path
     json: Path
     pictures: Mapping[str, bytes]
-
-
-def report_id(student_ids: Mapping[str, str], heldout: Sequence[tuple[str, str, str]], dense: Any) -> str:
-    """16 hexadecimal digits: which students (`{"student": id, ...}`) on which held-out captures.
-
-    `heldout` are (shard, version, capture id), in any order; `dense` is what the teacher's whole
-    distribution is computed from, None where it is not.
-    """
-    return digest(
-        {
-            "report": REPORT_VERSION,
-            "students": dict(student_ids),
-            "heldout": sorted(map(list, heldout)),
-            "dense": dense,
-        }
-    )
 
 
 def write_report(

@@ -9,8 +9,8 @@ from pathlib import Path
 from distill_assets.foundation.errors import UnreadableFile
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.problems import FileListener, Problem
-from distill_assets.student_evaluation.per_row import ROWS_FILE, RowSums
-from distill_assets.student_evaluation.report import HTML_FILE, JSON_FILE, SUMMARY_FILE
+from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE
+from distill_assets.student_evaluation.per_row import RowSums
 
 FILES = (HTML_FILE, JSON_FILE, SUMMARY_FILE, ROWS_FILE)
 AGAIN = "delete the folder, then `distill run` writes it again if it is still wanted"

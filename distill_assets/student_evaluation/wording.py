@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from distill_assets.student_evaluation.bootstrap import FEWEST_ROWS, Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation
-from distill_assets.student_evaluation.figures import STUDENT, GapShare, Scope
+from distill_assets.student_evaluation.figures import GapShare, Scope
+from distill_assets.student_evaluation.identity import STUDENT
 from distill_assets.student_evaluation.metrics import Metric
 
 NOTHING = "–"

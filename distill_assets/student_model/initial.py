@@ -11,26 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from distill_assets.foundation.errors import ModelError, SettingsError
-from distill_assets.foundation.fingerprints import HashCache, digest
-from distill_assets.foundation.language_model import load_model, load_tokenizer, quiet_transformers, verify_split
+from distill_assets.foundation.language_model import load_model, verify_split
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import StudentSettings
-
-
-def initial_weights_fingerprint(
-    student: StudentSettings,
-    teacher: ModelFolder,
-    student_folder: ModelFolder | None,
-    n_real: int,
-    seed: int,
-    hashes: HashCache,
-) -> str:
-    """Hash of what `initial_student` starts from, without loading it: files' content, layers, or a recipe."""
-    if student.from_teacher_layers is not None:
-        return digest({"teacher": teacher.fingerprint(hashes), "layers": student.from_teacher_layers})
-    if student.config is not None:
-        return digest({"config": {"vocab_size": n_real, **student.config}, "seed": seed})
-    return digest({"model": _given(student_folder).fingerprint(hashes)})
+from distill_assets.foundation.tokenizers import load_tokenizer, quiet_transformers
+from distill_assets.student_model.origin import given, require_layers
 
 
 def initial_student(
@@ -54,29 +39,13 @@ def initial_student(
     elif student.config is not None:
         model = _from_config({"vocab_size": n_real, **student.config}, seed)
     else:
-        model = load_model(_given(student_folder), "float32", torch.device("cpu"))
+        model = load_model(given(student_folder), "float32", torch.device("cpu"))
     tokenizer = load_tokenizer(teacher)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in special.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**special)
     return model.to(device).train()  # type: ignore[arg-type]
-
-
-def require_layers(teacher: ModelFolder, layers: list[int]) -> None:
-    """SettingsError unless the teacher's configuration has all `layers`; nothing is loaded."""
-    n_layers = teacher.config().get("num_hidden_layers", teacher.config().get("n_layer"))
-    if isinstance(n_layers, int) and layers[-1] >= n_layers:  # settings hold them increasing
-        raise SettingsError(
-            f"student.from_teacher_layers: layer {layers[-1]} does not exist; {teacher.name} has {n_layers} layers, "
-            f"0 to {n_layers - 1}"
-        )
-
-
-def _given(folder: ModelFolder | None) -> ModelFolder:
-    if folder is None:
-        raise ValueError("student.model needs its resolved folder")
-    return folder
 
 
 def _new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:

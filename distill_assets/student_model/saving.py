@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
 from distill_assets.foundation.fingerprints import content_hash
-from distill_assets.foundation.language_model import quiet_transformers
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
+from distill_assets.foundation.tokenizers import quiet_transformers
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD_FILE = "distillation.json"
 _TOOLS = ("distill_assets", "torch", "transformers", "accelerate")

@@ -2,19 +2,25 @@
 
 What is ours: batches planned from the rows alone, the loss inside the module, a learning-rate
 schedule without an idle step, a curve of every step, and a stop at the first loss that is not
-finite. What is Trainer's: devices, processes, clipping, AdamW.
+finite. What is Trainer's: devices, processes, clipping, AdamW, the states of a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -30,15 +36,19 @@ from transformers import (
 
 from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.files import write_json
 from distill_assets.foundation.language_model import head_width
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
+from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_checkpoint
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
 from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
 from distill_assets.student_model.vocabulary import FitReport, fit_rows
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
+
+_WEIGHTS, _CURVE = "model.safetensors", "curve.json"  # of a checkpoint
 
 
 def train_student(
@@ -51,6 +61,8 @@ def train_student(
     validation: Sequence[CapturedRow] = (),
     max_missing_mass: float = 1.0,
     device: str = "auto",
+    under_way: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     on_progress: ProgressListener = ignore_progress,
 ) -> StudentReport:
     """Train `model` (an `initial_student`, changed in place) and write it to `folder` with `tokenizer`.
@@ -60,6 +72,9 @@ def train_student(
     TrainingError when no row can be trained on, when more than `max_missing_mass` of the teacher's
     probability lies on ids the student lacks, or when a loss is not finite; whatever is raised, an
     interrupt included, `folder` is as it was.
+
+    With a folder `under_way`, a checkpoint is left there every `checkpoint_seconds`, and a training that was killed
+    goes on from it, on one CPU to the same bits as undisturbed; it is removed once the student is saved.
     """
     target = resolve_device(device)
     if head_width(model) < spec.vocabulary.n_real:
@@ -86,13 +101,16 @@ def train_student(
         spec.training.epochs,
         spec.training.seed,
     )
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
-        arguments = training_arguments(spec.training, len(plan), target, Path(scratch))
+    with _folder_for(under_way) as checkpoints:
+        arguments = training_arguments(spec.training, len(plan), target, checkpoints)
         trainer = DistillationTrainer(module, arguments, train_rows, plan, with_targets)
-        watch = _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, started, on_progress)
-        trainer.add_callback(watch)
-        trainer.train()
+        trainer.add_callback(
+            _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
+        )
+        if under_way is not None:
+            trainer.add_callback(_Checkpoints(checkpoint_seconds))
+        before = latest_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(before) if before else None)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TrainingError(
             f"student {spec.student_id}: the last step left weights that are not finite; lower training.learning_rate"
@@ -102,15 +120,28 @@ def train_student(
         validation_rows=len(validation_rows),
         steps=len(plan),
         supervised_tokens=sum(point.tokens for point in trainer.curve),
-        seconds=time.perf_counter() - started,
+        seconds=trainer.seconds,
         device=str(target),
         fit=fit,
         curve=tuple(trainer.curve),
-        validation=tuple(watch.points),
+        validation=tuple(trainer.validation),
     )
     if trainer.is_world_process_zero():
         save_student(folder, model, tokenizer, spec, report)
+        if under_way is not None:
+            shutil.rmtree(under_way, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _folder_for(under_way: Path | None) -> Iterator[Path]:
+    """Where checkpoints go: kept for the next process, or for this block only."""
+    if under_way is not None:
+        under_way.mkdir(parents=True, exist_ok=True)
+        yield under_way
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        yield Path(scratch)
 
 
 def _usable(
@@ -150,7 +181,8 @@ def training_arguments(
         seed=training.seed,
         use_cpu=device.type == "cpu",
         logging_strategy="no",
-        save_strategy="no",
+        save_strategy="no",  # when, `_Checkpoints` says
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -200,11 +232,38 @@ class DistillationTrainer(Trainer):
         self.ends = epoch_ends(plan, len(rows))
         self.with_targets = with_targets
         self.curve: list[CurvePoint] = []
+        self.validation: list[ValidationPoint] = []
+        self._seconds_before, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those of the processes before included."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One item a step; the shares of several processes are cut in `_Steps`, not by accelerate."""
         assert isinstance(self.train_dataset, Dataset)
-        return DataLoader(self.train_dataset, batch_size=None, shuffle=False)
+        # As batches of one: what a resumed training skips is skipped by the batch.
+        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_the_item)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint's weights, those that are tied once, and the curve: Trainer's own way knows neither."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.module, str(folder / _WEIGHTS))
+        told = {"curve": list(map(asdict, self.curve)), "validation": list(map(asdict, self.validation))}
+        write_json(folder / _CURVE, {**told, "seconds": self.seconds})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        try:
+            load_model(self.module, folder / _WEIGHTS)
+            told = json.loads((folder / _CURVE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(f"the checkpoint {folder} is damaged ({error}); delete it and run again") from error
+        self.curve = [CurvePoint(**point) for point in told["curve"]]
+        self.validation = [ValidationPoint(**point) for point in told["validation"]]
+        self._seconds_before = told["seconds"]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
@@ -240,6 +299,22 @@ class DistillationTrainer(Trainer):
         self.curve.append(CurvePoint(step, loss, kd, ce, tokens, float(self._get_learning_rate())))
 
 
+def _the_item(items: list[dict[str, Any]]) -> dict[str, Any]:
+    [item] = items
+    return item
+
+
+class _Checkpoints(TrainerCallback):
+    """Asks for a checkpoint every so many seconds: how long a step takes, nobody knows beforehand."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
+            control.should_save, self._last = True, time.monotonic()
+
+
 class _Watch(TrainerCallback):
     """Reports every step and evaluates the validation rows after each epoch."""
 
@@ -249,13 +324,11 @@ class _Watch(TrainerCallback):
         name: str,
         validation: Sequence[CapturedRow],
         batch_tokens: int,
-        started: float,
         on_progress: ProgressListener,
     ) -> None:
         self._trainer, self._name, self._validation = trainer, name, validation
         self._plan = plan_batches([len(row.input_ids) for row in validation], batch_tokens, epochs=1, seed=0)
-        self._started, self._on_progress = started, on_progress
-        self.points: list[ValidationPoint] = []
+        self._on_progress = on_progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
@@ -265,8 +338,8 @@ class _Watch(TrainerCallback):
             with_targets = self._trainer.with_targets
             batches = (collate([self._validation[i] for i in batch], with_targets) for batch in self._plan)
             kd, ce = mean_losses(self._trainer.module, batches)
-            self.points.append(ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce))
+            self._trainer.validation.append(
+                ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce)
+            )
             note += f", validation {kd if with_targets else ce:.4f}"
-        self._on_progress(
-            Progress(self._name, step, state.max_steps, "steps", time.perf_counter() - self._started, note)
-        )
+        self._on_progress(Progress(self._name, step, state.max_steps, "steps", self._trainer.seconds, note))

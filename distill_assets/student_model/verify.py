@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from distill_assets.foundation.errors import ModelError, TrainingError, UnreadableFile
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.fingerprints import content_hash
-from distill_assets.foundation.language_model import load_tokenizer
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.student_model.saving import RECORD_FILE, read_student
 
 AGAIN = "delete the folder, then `distill run` trains it again if it is still wanted"

@@ -15,40 +15,30 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.tokenizers import TokenIds
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 
 
 @dataclass(frozen=True)
-class StudentVocabulary:
-    """Ids below `n_real` are outcomes of the student's softmax, except those in `unused` (ascending)."""
-
-    n_real: int
-    unused: tuple[int, ...] = ()
+class StudentVocabulary(TokenIds):
+    """The outcomes of the student's softmax."""
 
     def has(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which of `ids` are outcomes."""
         return (ids < self.n_real) & ~np.isin(ids, self.unused)
 
-    @property
-    def size(self) -> int:
-        """Number of outcomes."""
-        return self.n_real - len(self.unused)
 
-
-def shared_vocabulary(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase | None, head_width: int
-) -> StudentVocabulary:
+def shared_vocabulary(teacher: TokenIds, student: TokenIds | None, head_width: int) -> StudentVocabulary:
     """Ids with a token on both sides and a row in the student's head.
 
     `student` is None for one made from teacher layers or a configuration: it has the teacher's
     tokenizer. That an id means the same on both sides is the tokenizer check's business.
     """
-    shared = {i for i in teacher.get_vocab().values() if i < head_width}
+    shared = teacher.below(head_width)
     if student is not None:
-        shared &= set(student.get_vocab().values())
+        shared &= student.below(head_width)
     if not shared:
         raise TrainingError("teacher and student share no token id; use a pair of one family")
     n_real = max(shared) + 1
@@ -79,7 +69,7 @@ def fit_rows(
     lost = 0.0
     for row in rows:
         fits = bool((row.input_ids < n_embeddings).all())
-        full = int(row.targets.kept_P.max()) >= vocabulary.size  # nothing of the student's is left for a tail
+        full = int(row.targets.kept_P.max()) >= len(vocabulary)  # nothing of the student's is left for a tail
         if not fits or full or not vocabulary.has(_mentioned(row)).all():
             within = _within(vocabulary, row.targets)
             lost += _lost_mass(row.targets, within)
@@ -127,7 +117,7 @@ def _within(vocabulary: StudentVocabulary, targets: SparseTargets) -> SparseTarg
     stays_N[targets.offsets_P1[:-1][emptied_P]] = True
     logprobs_N = np.where(has_N, targets.support_logprobs_N, np.float32(-np.inf))
     tail_P = np.where(emptied_P, np.float32(0.0), targets.tail_logprob_P)
-    tail_P = np.where(left_P == vocabulary.size, np.float32(-np.inf), tail_P)  # no id of the student is outside
+    tail_P = np.where(left_P == len(vocabulary), np.float32(-np.inf), tail_P)  # no id of the student is outside
     weights_N, drawn_PS = targets.weights_N, targets.tail_sample_ids_PS
     return replace(
         targets,

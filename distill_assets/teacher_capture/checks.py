@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, encoded_rows
+from distill_assets.dataset_shards.encode import EncodedRow, encoded_rows, supervised_positions
 from distill_assets.dataset_shards.rows import BadRow
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
 from distill_assets.teacher_capture.chunks import Cost, Figures
-from distill_assets.teacher_capture.engine import supervised_positions
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import capture_row_groups, statistics_problem
 from distill_assets.teacher_capture.sparse_targets import CapturedRow

@@ -126,18 +126,15 @@ class Needs:
         its files under this identity.
         """
         files: set[Path] = set()
-        ids = sources(self._store, self._spec) if self._uncaptured else []
-        others = {capture_id: captured_rows(self._store, capture_id) for capture_id in ids}
-        captured = captured_rows(self._store, self._spec.capture_id)
+        here = [self._spec.capture_id, *sources(self._store, self._spec)] if self._uncaptured else []
+        captured = {capture_id: captured_rows(self._store, capture_id) for capture_id in here}
         for shard in self._uncaptured:
             try:
                 keys = {row.key for row in encode_shard(shard, self._spec.encoder).rows}
             except DistillError:
                 unreadable = unreadable | {shard.key}
                 continue
-            own = captured.places(keys)
-            derived = derivable(others, keys - own.keys())
-            files |= {path for path, _ in own.values()} | {path for _, (path, _) in derived.values()}
+            files |= {path for _, (path, _) in derivable(captured, keys).values()}
         own_files = self._store.files(self._spec.capture_id)
         return files | {path for (key, _), path in own_files.items() if key in unreadable}
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_assets.dataset_shards.encode import EncodedRow
+from distill_assets.dataset_shards.encode import EncodedRow, supervised_positions
 from distill_assets.foundation.devices import is_out_of_memory
 from distill_assets.foundation.errors import CaptureError, OutOfMemory
 from distill_assets.foundation.language_model import head_rows, hidden_states, is_plain
@@ -52,11 +52,6 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         batches.append(order[first_R1[stop] : stop])
         stop = int(first_R1[stop])
     return batches[::-1]
-
-
-def supervised_positions(row: EncodedRow) -> np.ndarray:
-    """Positions t whose next token is a target: `loss_mask[t + 1]`; int32, ascending."""
-    return np.flatnonzero(row.loss_mask[1:]).astype(np.int32)
 
 
 def score_rows(

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from distill_assets.dataset_shards.encode import Encoder
-from distill_assets.foundation.errors import ModelError, SettingsError
+from distill_assets.dataset_shards.encode import Encoder, encoding_identity
+from distill_assets.foundation.errors import CaptureError, ModelError, SettingsError
 from distill_assets.foundation.fingerprints import HashCache, digest
 from distill_assets.foundation.home import Home
-from distill_assets.foundation.language_model import load_tokenizer, real_vocabulary_size, unused_ids
 from distill_assets.foundation.model_folders import ModelFolder, Weights, resolve_model
-from distill_assets.foundation.settings import Settings, TargetSettings
-from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
+from distill_assets.foundation.settings import DataSettings, Settings, TargetSettings
+from distill_assets.foundation.tokenizers import load_tokenizer
+from distill_assets.tokenizer_compatibility.facts import TokenizerFacts, tokenizer_facts
 
 FORMAT_VERSION = 1
 
@@ -29,7 +29,8 @@ class CaptureSpec:
     """Everything a capture is made from, resolved; `identity` hashed is `capture_id`."""
 
     weights: Weights
-    encoder: Encoder
+    tokenizer: TokenizerFacts
+    data: DataSettings
     targets: TargetSettings
     identity: Mapping[str, Any]
 
@@ -41,18 +42,30 @@ class CaptureSpec:
     def capture_id(self) -> str:
         return digest(self.identity)
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What encodes rows for this teacher; only now is its tokenizer loaded.
+
+        CaptureError when its files are no longer those the identity was made of.
+        """
+        tokenizer = load_tokenizer(self.teacher)
+        if self.teacher.tokenizer_stamp() != self.tokenizer.stamp:
+            raise CaptureError(f"the tokenizer in {self.teacher.path} was replaced under way; run again")
+        return Encoder(tokenizer, self.data, self.tokenizer.ids.n_real)
+
     @property
     def dtype(self) -> Any:
         return self.identity["dtype"]
 
 
 def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSpec:
-    """Resolve the teacher and its tokenizer (no weights are loaded) into a capture's identity."""
+    """Resolve the teacher and its tokenizer into a capture's identity. No weights are loaded, nor a tokenizer
+    of which all is known.
+    """
     teacher = resolve_model(settings.teacher.model, settings.teacher.revision, home.root)
     weights = teacher.weights(hashes)
-    tokenizer = load_tokenizer(teacher)
-    n_real = real_vocabulary_size(tokenizer)
-    n_ids = n_real - len(unused_ids(tokenizer))
+    tokenizer = tokenizer_facts(teacher, hashes)
+    n_ids = len(tokenizer.ids)
     if settings.targets.applies("k") and settings.targets.k > n_ids:
         raise SettingsError(
             f"{home.settings_file}: targets.k is {settings.targets.k}, but {teacher.name} has only {n_ids} token ids; "
@@ -64,13 +77,12 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
             f"{home.settings_file}: data.max_length is {settings.data.max_length}, but {teacher.name} was made for "
             f"{positions} positions; use at most {positions}"
         )
-    encoder = Encoder(tokenizer, settings.data, n_real)
     identity = {
         "format": FORMAT_VERSION,
         "weights": weights.fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "encode": encoder.identity,
+        "tokenizer": tokenizer.fingerprint,
+        "encode": encoding_identity(settings.data),
         "targets": settings.targets.identity,
         "dtype": settings.teacher.dtype,
     }
-    return CaptureSpec(weights=weights, encoder=encoder, targets=settings.targets, identity=identity)
+    return CaptureSpec(weights, tokenizer, settings.data, settings.targets, identity)

@@ -7,8 +7,9 @@ current.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -56,16 +57,31 @@ class CapturePlan:
     basis: str
 
 
-@dataclass(frozen=True)
-class _History:
-    """Shards captured before, under this identity and under any; rows that are captured, and that can be derived
-    from captures of other identities. Listed once a plan: for each shard anew it would be quadratic.
-    """
+class _Stored:
+    """What the store holds. Listed once a plan, and only if a shard asks: for each shard anew it would be quadratic."""
 
-    own: Collection[str]
-    any: Collection[str]
-    rows: KeyIndex
-    sources: Mapping[str, KeyIndex]
+    def __init__(self, spec: CaptureSpec, store: CaptureStore) -> None:
+        self.spec, self.store = spec, store
+
+    @cached_property
+    def shards(self) -> set[str]:
+        """Shards of which any version was captured under this identity."""
+        return self.store.known_shards(self.spec.capture_id)
+
+    @cached_property
+    def shards_elsewhere(self) -> set[str]:
+        """Those under another."""
+        return {shard for capture_id in self.store.capture_ids() for shard in self.store.known_shards(capture_id)}
+
+    @cached_property
+    def rows(self) -> KeyIndex:
+        """Rows captured under this identity."""
+        return captured_rows(self.store, self.spec.capture_id)
+
+    @cached_property
+    def rows_elsewhere(self) -> dict[str, KeyIndex]:
+        """Rows that can be derived from, by capture id."""
+        return {capture_id: captured_rows(self.store, capture_id) for capture_id in sources(self.store, self.spec)}
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,7 @@ def plan_capture(
 
     Only shards that are not current are read and encoded.
     """
-    experience = _experience(spec, store)
-    history = _History(
-        own=store.known_shards(spec.capture_id),
-        any={shard for capture_id in store.capture_ids() for shard in store.known_shards(capture_id)},
-        rows=captured_rows(store, spec.capture_id),
-        sources={capture_id: captured_rows(store, capture_id) for capture_id in sources(store, spec)},
-    )
+    experience, stored = _experience(spec, store), _Stored(spec, store)
     plans: list[ShardPlan] = []
     todo: list[Shard] = []
     problems: list[str] = []
@@ -98,7 +108,7 @@ def plan_capture(
         plans.append(ShardPlan(problem.key, "failed", problem.message, None, 0, 0))
         problems.append(problem.message)
     for shard in discovery.shards:
-        plan = _plan_shard(spec, shard, store, history, experience)
+        plan = _plan_shard(shard, stored, experience)
         plans.append(plan)
         if plan.state != "current":
             todo.append(shard)
@@ -112,25 +122,49 @@ def plan_capture(
     )
 
 
-def _plan_shard(
-    spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History, experience: _Experience
-) -> ShardPlan:
+def capture_states(spec: CaptureSpec, shards: Iterable[Shard], store: CaptureStore) -> list[State]:
+    """The state of each shard, found without reading it."""
+    stored = _Stored(spec, store)
+
+    def state_of(shard: Shard) -> State:
+        try:
+            return _state(shard, stored)[0]
+        except PinnedCapture:
+            return "failed"
+
+    return [state_of(shard) for shard in shards]
+
+
+def _state(shard: Shard, stored: _Stored) -> tuple[State, str]:
+    """The state and the reason; PinnedCapture for an import that does not fit."""
     try:
-        if current := store.current(spec, shard):
-            reason = "imported" if current.is_imported else "captured as it is"
-            return ShardPlan(shard.key, "current", reason, current.stats.rows, 0, 0)
-        state, reason = _why(spec, shard, store, history)
-    except PinnedCapture as error:
-        return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
+        if current := stored.store.current(stored.spec, shard):
+            return "current", "imported" if current.is_imported else "captured as it is"
+    except PinnedCapture:
+        raise
     except CaptureError as damaged:
-        state, reason = "failed", str(damaged)
+        return "failed", str(damaged)
+    if message := stored.store.failure(stored.spec.capture_id, shard.key, shard.version):
+        return "failed", message
+    if shard.key in stored.shards:
+        return "changed", "the content is not what was captured"
+    if shard.key in stored.shards_elsewhere:
+        return "settings_changed", f"captured before, but not under capture {stored.spec.capture_id}"
+    return "new", "never captured"
+
+
+def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> ShardPlan:
+    spec, store = stored.spec, stored.store
     try:
+        state, reason = _state(shard, stored)
+        if state == "current" and (capture := store.current(spec, shard)):
+            return ShardPlan(shard.key, state, reason, capture.stats.rows, 0, 0)
         rows = encode_shard(shard, spec.encoder).rows
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     keys = {row.key for row in rows}
-    own = history.rows.places(keys)
-    others = derivable(history.sources, keys - own.keys())
+    own = stored.rows.places(keys)
+    others = derivable(stored.rows_elsewhere, keys - own.keys())
     if others:
         from_ids = ", ".join(sorted({capture_id for capture_id, _ in others.values()}))
         reason += f"; {len(others):,} rows can be derived from {from_ids}"
@@ -147,16 +181,6 @@ def _plan_shard(
         estimated_bytes=round(positions * experience.bytes_per_position),
         estimated_seconds=round(tokens / experience.tokens_per_second, 1) if experience.tokens_per_second else None,
     )
-
-
-def _why(spec: CaptureSpec, shard: Shard, store: CaptureStore, history: _History) -> tuple[State, str]:
-    if message := store.failure(spec.capture_id, shard.key, shard.version):
-        return "failed", message
-    if shard.key not in history.any:
-        return "new", "never captured"
-    if shard.key not in history.own:
-        return "settings_changed", f"captured before, but not under capture {spec.capture_id}"
-    return "changed", "the content is not what was captured"
 
 
 def _experience(spec: CaptureSpec, store: CaptureStore) -> _Experience:

@@ -17,15 +17,10 @@ from transformers import PreTrainedModel
 
 from distill_assets.foundation.devices import Turn, cuda_choices, fits_one, resolve_device
 from distill_assets.foundation.errors import CaptureError
-from distill_assets.foundation.language_model import (
-    head_width,
-    load_model,
-    load_tokenizer,
-    real_vocabulary_size,
-    unused_ids,
-)
+from distill_assets.foundation.language_model import head_width, load_model
 from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype
+from distill_assets.foundation.tokenizers import TokenIds, load_tokenizer
 
 _turn = Turn()  # of the teacher that is loaded
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,14 +74,12 @@ def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = Fal
     weights that did not make it.
     """
     target = resolve_device(device)
-    tokenizer = load_tokenizer(weights.folder)
+    ids = TokenIds.of(load_tokenizer(weights.folder))
     model = load_model(weights.folder, dtype, target, spread)
     if weights.folder.stamp() != weights.stamp:
         raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
-    n_real = min(
-        real_vocabulary_size(tokenizer), head_width(model)
-    )  # a narrower head is refused by the tokenizer check
-    unused = torch.tensor([i for i in unused_ids(tokenizer) if i < n_real], dtype=torch.int64, device=target)
+    n_real = min(ids.n_real, head_width(model))  # a narrower head is refused by the tokenizer check
+    unused = torch.tensor([i for i in ids.unused if i < n_real], dtype=torch.int64, device=target)
     return Teacher(model=model, n_real=n_real, unused=unused)
 
 

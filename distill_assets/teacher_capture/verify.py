@@ -55,7 +55,7 @@ def _n_ids(spec: CaptureSpec, item: Item) -> int | None:
         same = read_capture(item.path).identity["tokenizer"] == spec.identity["tokenizer"]
     except CaptureError:
         return None
-    return spec.encoder.n_real if same else None
+    return spec.tokenizer.ids.n_real if same else None
 
 
 def _verify_chunks(item: Item, on_file: FileListener) -> Iterator[Problem]:

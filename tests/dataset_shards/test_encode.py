@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from distill_assets.dataset_shards.discover import Shard, discover_shards
-from distill_assets.dataset_shards.encode import EncodedRow, Encoder, encode_shard, row_key
+from distill_assets.dataset_shards.encode import EncodedRow, Encoder, encode_shard, encoding_identity, row_key
 from distill_assets.dataset_shards.rows import BadRow, Row, parse_row
 from distill_assets.foundation.errors import ShardError
 from distill_assets.foundation.fingerprints import HashCache
-from distill_assets.foundation.language_model import real_vocabulary_size
 from distill_assets.foundation.settings import DataSettings
+from distill_assets.foundation.tokenizers import TokenIds
 from tests import tiny
 from tests.dataset_shards.letters import BOS, BOT, END, EOS, NL, USER, A, B, C, D, letters
 
@@ -105,7 +105,7 @@ def test_ids_beyond_the_teachers(ids: list[int], reason: str) -> None:
 
 def test_an_id_without_a_token_is_refused() -> None:
     holey = letters(hole=True)
-    n_real = real_vocabulary_size(holey)
+    n_real = TokenIds.of(holey).n_real
     encoded = Encoder(holey, DataSettings(), n_real).encode(parse_row(1, {"input_ids": [A, 12]}))  # type: ignore[arg-type]
     assert n_real == 14
     assert encoded == BadRow(1, "input_ids[1] is 12, an id the teacher's tokenizer has no token for")
@@ -141,10 +141,10 @@ def test_mask_of_the_first_token_does_not_count_and_is_not_changed() -> None:
 
 
 def test_identity_is_what_changes_ids_or_masks() -> None:
-    base = encoder().identity
+    base = encoding_identity(DataSettings())
     assert base == {"rules": 1, "max_length": 2048, "supervise": "completion"}
-    assert encoder(on_bad_row="skip", shards="x/*", heldout=["y"], validation=["z"]).identity == base
-    assert encoder(max_length=5).identity != base != encoder(supervise="all").identity
+    assert encoding_identity(DataSettings(on_bad_row="skip", shards="x/*", heldout=["y"], validation=["z"])) == base
+    assert encoding_identity(DataSettings(max_length=5)) != base != encoding_identity(DataSettings(supervise="all"))
 
 
 def shard(tmp_path: Path, content: str | bytes) -> Shard:

@@ -26,13 +26,11 @@ from distill_assets.foundation.language_model import (
     head_width,
     hidden_states,
     load_model,
-    load_tokenizer,
     real_logits,
-    real_vocabulary_size,
-    unused_ids,
     verify_split,
 )
 from distill_assets.foundation.model_folders import ModelFolder
+from distill_assets.foundation.tokenizers import TokenIds, load_tokenizer
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -118,7 +116,7 @@ def test_padding_on_the_right_changes_no_real_position(teacher_folder: Path) -> 
 def test_a_padded_head_is_cut_to_real_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     folder = ModelFolder("padded", tiny.save_model(tmp_path / "padded", tokenizer, pad_head=24), None)
     model = load_model(folder, "bfloat16", CPU)
-    n_real = real_vocabulary_size(load_tokenizer(folder))
+    n_real = TokenIds.of(load_tokenizer(folder)).n_real
     assert (n_real, head_width(model)) == (len(tokenizer), len(tokenizer) + 24)
     hidden_ND = torch.randn(5, 32, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -134,8 +132,10 @@ def test_a_padded_head_is_cut_to_real_ids(tmp_path: Path, tokenizer: PreTrainedT
 
 
 def test_ids_without_a_token_are_listed(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert unused_ids(tokenizer) == []
-    assert real_vocabulary_size(tokenizer) == len(tokenizer)
+    ids = TokenIds.of(tokenizer)
+    assert (ids, len(ids)) == (TokenIds(len(tokenizer)), len(tokenizer))
+    holey = TokenIds(9, (2, 5))
+    assert len(holey) == 7 and holey.below(6) == {0, 1, 3, 4} and holey.below(99) == {0, 1, 3, 4, 6, 7, 8}
 
 
 def test_weights_come_in_the_dtype_asked_for(teacher_folder: Path) -> None:

@@ -99,11 +99,11 @@ def test_a_missing_or_damaged_config_is_named(copy: ModelFolder) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(copy: ModelFolder) -> None:
-    copy.require_tokenizer()
+    assert copy.tokenizer_stamp() == copy.tokenizer_stamp()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy.path / name).unlink()
     with pytest.raises(ModelError, match=r"no tokenizer in .*save one there"):
-        copy.require_tokenizer()
+        copy.tokenizer_stamp()
 
 
 RESOLVED_TWICE = """

@@ -16,7 +16,7 @@ from distill_assets.orchestration.checks import catalog_matches_store, student_b
 from distill_assets.orchestration.instance import environment, open_instance
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
-from distill_assets.student_evaluation.report import JSON_FILE
+from distill_assets.student_evaluation.identity import JSON_FILE
 from distill_assets.teacher_capture.teacher import load_teacher
 
 

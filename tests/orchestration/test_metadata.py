@@ -15,7 +15,7 @@ from distill_assets.capture_catalog.query import mass_by_rank
 from distill_assets.definitions import defs
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.orchestration import metadata, summaries
-from distill_assets.orchestration.assets import CAPTURED_TAG
+from distill_assets.orchestration.assets import CAPTURED_TAG, WHY_TAG
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.partitions import sync_partitions
 from distill_assets.orchestration.pipeline import Pipeline
@@ -64,8 +64,10 @@ def instance(bench: Bench) -> Iterator[dg.DagsterInstance]:
     os.environ.pop("DISTILL_HOME", None)
 
 
-def test_a_run_says_how_much_it_captured_however_it_was_started(bench: Bench, instance: dg.DagsterInstance) -> None:
-    def materialize(key: str) -> str:
+def test_a_run_says_why_and_how_much_it_captured_however_it_was_started(
+    bench: Bench, instance: dg.DagsterInstance
+) -> None:
+    def materialize(key: str) -> tuple[str, str]:
         result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,
             asset_selection=[dg.AssetKey("teacher_capture")],
@@ -74,14 +76,15 @@ def test_a_run_says_how_much_it_captured_however_it_was_started(bench: Bench, in
         )
         run = instance.get_run_by_id(result.run_id)
         assert run is not None
-        return run.tags[CAPTURED_TAG]
+        return run.tags[WHY_TAG], run.tags[CAPTURED_TAG]
 
     Pipeline(bench.home).check_tokenizers()
     sync_partitions(instance, set(bench.shards))
-    assert materialize("s0") == "6 rows of 6"
+    assert materialize("s0") == ("new", "6 rows of 6")
     tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [*tiny.example_rows(6), *tiny.example_rows(2, start=70)])
-    assert materialize("s0") == "2 rows of 8"
-    assert materialize("s0") == "nothing, all was current"
+    assert materialize("s0") == ("changed", "2 rows of 8")
+    assert materialize("s0") == ("current", "nothing, all was current")
+    assert metadata.why(["new", "changed", "new"]) == "1 changed, 2 new" and metadata.why([]) == ""
 
 
 def test_the_assets_name_their_code() -> None:

@@ -13,13 +13,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from distill_assets.student_evaluation.evaluation import Evaluation
+from distill_assets.student_evaluation.identity import report_id
 from distill_assets.student_evaluation.plots import draw_pictures
 from distill_assets.student_evaluation.report import (
     Heldout,
     ReportDetails,
     ReportFiles,
     as_markdown,
-    report_id,
     visible,
     write_report,
 )

@@ -25,7 +25,8 @@ from distill_assets.foundation.errors import ModelError, SettingsError
 from distill_assets.foundation.fingerprints import HashCache
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import StudentSettings
-from distill_assets.student_model.initial import initial_student, initial_weights_fingerprint
+from distill_assets.student_model.initial import initial_student
+from distill_assets.student_model.origin import initial_weights_fingerprint
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +22,12 @@ from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
+from distill_assets.student_model.checkpoints import latest_checkpoint
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.initial import initial_student
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule
-from distill_assets.student_model.saving import StudentSpec, UsedCapture, read_student
+from distill_assets.student_model.saving import StudentReport, StudentSpec, UsedCapture, read_student
 from distill_assets.student_model.training import (
     DistillationTrainer,
     learning_rate_share,
@@ -266,3 +271,80 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "distillation.json").write_text(content)
     with pytest.raises(TrainingError, match=r"distillation\.json"):
         read_student(tmp_path)
+
+
+UNTIL_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from transformers import AutoTokenizer
+from distill_assets.foundation.language_model import load_model
+from distill_assets.foundation.model_folders import ModelFolder
+from tests.student_model.rows import captured_rows
+from tests.student_model.test_training import train_three_epochs
+
+folder, out, step, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+teacher, tokenizer = ModelFolder("tiny-teacher", folder, None), AutoTokenizer.from_pretrained(folder)
+rows = captured_rows(load_model(teacher, "float32", torch.device("cpu")), tokenizer, 10)
+
+def listen(progress):
+    if progress.done == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_three_epochs(
+    teacher, tokenizer, rows, out / "x", under_way=out / "under_way", checkpoint_seconds=seconds, on_progress=listen
+)
+"""
+
+
+def train_three_epochs(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], folder: Path, **options: Any
+) -> StudentReport:
+    start = fresh(teacher)
+    return train_student(
+        spec_of(epochs=3), start, tokenizer, rows, folder, validation=rows[:3], device="cpu", **options
+    )
+
+
+def train_until_killed(teacher: ModelFolder, out: Path, step: int, seconds: float) -> None:
+    words = [sys.executable, "-c", UNTIL_KILLED, str(teacher.path), str(out), str(step), str(seconds)]
+    killed = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "x").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, math.inf])
+def test_a_killed_training_goes_on_to_the_same_bits(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path, seconds: float
+) -> None:
+    whole = train_three_epochs(teacher, tokenizer, rows, tmp_path / "whole")
+    under_way = tmp_path / "under_way"
+    for step in (4, 7):
+        train_until_killed(teacher, tmp_path, step, seconds)
+        assert len(list(under_way.glob("checkpoint-*"))) == (seconds == 0.0)  # one, however many were written
+    seen: list[int] = []
+    resumed = train_three_epochs(
+        teacher, tokenizer, rows, tmp_path / "x", under_way=under_way, on_progress=lambda p: seen.append(p.done)
+    )
+    assert weights(tmp_path / "x") == weights(tmp_path / "whole")
+    assert (resumed.curve, resumed.validation) == (whole.curve, whole.validation)
+    assert seen[0] == (7 if seconds == 0.0 else 1) and seen[-1] == whole.steps
+    assert not under_way.exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over_and_a_damaged_one_is_named(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    under_way = tmp_path / "under_way"
+    train_until_killed(teacher, tmp_path, 5, 0.0)
+    [checkpoint] = under_way.glob("checkpoint-*")
+    newer = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-9"))
+    (newer / "trainer_state.json").write_text('{"global_st')
+    assert latest_checkpoint(under_way) == checkpoint and not newer.exists()
+    file = checkpoint / "model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-9])
+    with pytest.raises(TrainingError, match=r"the checkpoint .*checkpoint-4 is damaged .*delete it and run again"):
+        train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", under_way=under_way)
+    file.write_bytes(good)
+    train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", under_way=under_way)

@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.tokenizers import TokenIds
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from tests import tiny
 from tests.student_model.rows import row_of
@@ -76,12 +77,13 @@ def test_a_tail_without_any_id_of_the_student_is_taken_out() -> None:
 
 
 def test_shared_vocabulary_is_what_both_tokenizers_and_the_head_have(tokenizer: PreTrainedTokenizerFast) -> None:
-    n = len(tokenizer)
-    assert shared_vocabulary(tokenizer, None, n + 64) == StudentVocabulary(n)
-    assert shared_vocabulary(tokenizer, None, n - 5) == StudentVocabulary(n - 5)
-    assert shared_vocabulary(tokenizer, tiny.train_tokenizer(vocab_size=300), n) == StudentVocabulary(300)
+    n, teacher = len(tokenizer), TokenIds.of(tokenizer)
+    assert shared_vocabulary(teacher, None, n + 64) == StudentVocabulary(n)
+    assert shared_vocabulary(teacher, None, n - 5) == StudentVocabulary(n - 5)
+    assert shared_vocabulary(teacher, TokenIds.of(tiny.train_tokenizer(vocab_size=300)), n) == StudentVocabulary(300)
+    assert shared_vocabulary(TokenIds(9, (2, 5)), TokenIds(8, (5, 6)), 99) == StudentVocabulary(8, (2, 5, 6))
     with pytest.raises(TrainingError, match="share no token id"):
-        shared_vocabulary(tokenizer, None, 0)
+        shared_vocabulary(teacher, None, 0)
 
 
 def test_weights_of_what_is_left_grow_to_the_sum_all_had() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -229,7 +230,8 @@ def test_a_teacher_replaced_under_way_is_not_filed_under_the_old_one(
     teacher = tiny.save_model(tmp_path / "teacher", tokenizer, seed=0)
     bench = Bench(tiny.make_home(tmp_path / "home", teacher))
     spec = bench.spec
-    tiny.save_model(teacher, tokenizer, seed=1)
+    other = tiny.save_model(tmp_path / "other", tokenizer, seed=1)
+    shutil.copy(other / "model.safetensors", teacher)
     with pytest.raises(CaptureError, match=r"the weights in .*teacher were replaced under way; run again"):
         capture_shard(spec, bench.shards["s0"], bench.store, device="cpu")
     assert not list(bench.home.captures.rglob("*.parquet"))

@@ -191,7 +191,7 @@ def test_a_line_must_be_an_object(encoder: Encoder) -> None:
 
 
 def test_a_row_that_would_be_cut_is_refused(encoder: Encoder) -> None:
-    length = encoder.identity["max_length"]
+    length = encoder._data.max_length
     lists = {"topk_ids": [[8], *[[]] * length], "topk_logprobs": [[HALF], *[[]] * length]}
     assert f"it has {length + 1} tokens, more than data.max_length ({length})" in refusal(
         encoder, {"input_ids": [7] * (length + 1), **lists}

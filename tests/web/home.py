@@ -19,7 +19,7 @@ import yaml
 
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
-from tests.live.server import Server, wait_until_empty
+from tests.web.server import Server, wait_until_empty
 
 # What the UI shows for each state of `distill status`. A shard whose file is gone is no partition.
 SHOWN = {
@@ -137,10 +137,19 @@ class LiveHome:
 
     def command(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command as a user types it after `eval "$(distill env)"`."""
-        home = {"DISTILL_HOME": str(self.root), "DAGSTER_HOME": str(self.root / "dagster")}
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **home}, cwd=_CHECKOUT
+            command, capture_output=True, text=True, timeout=240, check=False, env=self._environment(), cwd=_CHECKOUT
         )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`distill ... --json`, under way."""
+        command = [sys.executable, "-m", "distill_assets.cli", *arguments, "--json"]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment(), cwd=_CHECKOUT
+        )
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "DISTILL_HOME": str(self.root), "DAGSTER_HOME": str(self.root / "dagster")}
 
 
 _CHECKOUT = Path(__file__).resolve().parents[2]  # where workspace.yaml and pyproject.toml are: `dg` looks for them

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.live.home import Captured, LiveHome, require_agreement
-from tests.live.server import Server, wait_for, wait_until_empty
+from distill_assets.orchestration.assets import CAPTURED_TAG
+from tests.web.home import Captured, LiveHome, require_agreement
+from tests.web.server import Server, wait_for, wait_until_empty
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -144,6 +145,23 @@ class TestMatrix:
         expected = {key: Captured(4 if key.startswith("t") else ROWS) for key in home.on_disk()}
         assert home.captured() == expected
         require_agreement(home, ways.server, KNOWN_TO_DAGSTER)
+
+
+def test_a_backfill_and_two_runs_at_once_show_the_teacher_each_row_once(ways: Ways) -> None:
+    home, server = ways.home, ways.server
+    before = {run.run_id for run in server.runs()}
+    home.keep_more()
+    commands = [home.start("run") for _ in range(2)]
+    ways.ui_backfill_of_all(())
+    answers = [json.loads(command.communicate(timeout=600)[0]) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], answers
+    wait_until_empty(server.under_way, "the end of all runs")
+    rows = {key: home.rows(key) for key in home.on_disk()}
+    assert home.captured() == {key: Captured(n) for key, n in rows.items()}
+    told = [run.tags.get(CAPTURED_TAG, "") for run in server.runs() if run.run_id not in before]
+    assert sum(int(words.split()[0]) for words in told if words[:1].isdigit()) == sum(rows.values())
+    assert sum(answer["rows_captured"] for answer in answers) <= sum(rows.values())
+    require_agreement(home, server, KNOWN_TO_DAGSTER)
 
 
 class Refused(Exception):

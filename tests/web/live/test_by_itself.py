@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from distill_assets.orchestration.assets import WHY_TAG
 from tests import tiny
-from tests.live.home import UNPARTITIONED, Captured, LiveHome, require_agreement
-from tests.live.server import SENSORS, Run, Server, wait_for
+from tests.web.home import UNPARTITIONED, Captured, LiveHome, require_agreement
+from tests.web.server import SENSORS, Run, Server, wait_for
 
 pytestmark = pytest.mark.timeout(1800)  # a busy machine is no failure
 
@@ -33,6 +35,16 @@ def new_runs(server: Server, before: list[Run]) -> list[Run]:
 def counts(runs: list[Run]) -> dict[str, int]:
     """How many of these runs were to make each asset."""
     return {asset: sum(asset in run.assets for run in runs) for run in runs for asset in run.assets}
+
+
+def reasons(runs: list[Run]) -> Counter[str]:
+    """How many shards these runs captured for each reason, by what their tags say."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        for words in run.tags[WHY_TAG].split(", ") if "teacher_capture" in run.assets else ():
+            n, _, state = words.rpartition(" ")
+            found[state] += int(n or 1)
+    return found
 
 
 def after_a_tick(server: Server) -> None:
@@ -96,6 +108,7 @@ def test_a_batch_of_edits_captures_exactly_what_changed(home: LiveHome, server: 
         [*ONCE, "control_student"], 1
     )
     assert set(runs) == {"teacher_capture"}
+    assert reasons(new_runs(server, filled)) >= Counter({"changed": 2, "new": 1})
     assert len(home.students() - students) == 2
     assert server.assets()["teacher_capture"].states.keys() == home.on_disk() == home.catalogued()
     require_agreement(home, server)
@@ -203,7 +216,7 @@ def test_the_schedule_refreshes_only_what_changed(home: LiveHome, server: Server
     home.shard(deleted).unlink()
     refreshed(server)
     assert home.captured() == {"s1": Captured(1, 5), "s9": Captured(3)}
-    why = {run.key: run.tags["distill/why"] for run in new_runs(server, filled) if "distill/why" in run.tags}
+    why = {run.key: run.tags[WHY_TAG] for run in new_runs(server, filled) if WHY_TAG in run.tags}
     assert why == {"s1": "changed: 1 rows of 6", "s9": "new: 3 rows of 3"}
     require_agreement(home, server)
 

@@ -1,28 +1,18 @@
-"""A home, the server on it, and a browser, one of each for all tests of a file."""
+"""The server on a file's `home`, and a browser at it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from tests import tiny
-from tests.live.home import LiveHome
-from tests.live.server import Server
+from tests.web.home import LiveHome
+from tests.web.server import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> LiveHome:
-    """Eight training shards and a held-out one, looked at every second, refreshed every minute."""
-    root = tmp_path_factory.mktemp("live") / "home"
-    automation = {"watch_seconds": 1, "schedule": "* * * * *"}
-    return LiveHome(tiny.make_home(root, teacher_folder, shards=8, automation=automation))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,18 @@
+"""The home that is edited while the server runs on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.web.home import LiveHome
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> LiveHome:
+    """Eight training shards and a held-out one, looked at every second, refreshed every minute."""
+    root = tmp_path_factory.mktemp("live") / "home"
+    automation = {"watch_seconds": 1, "schedule": "* * * * *"}
+    return LiveHome(tiny.make_home(root, teacher_folder, shards=8, automation=automation))

@@ -1,0 +1,84 @@
+"""The pages a person looks at, and the README's pictures of them.
+
+    DISTILL_PICTURES_HOME=data pytest tests/web/test_pages.py
+
+takes them anew of a home that is up to date, the demo's. Without the variable the pages are those of a tiny home,
+and their pictures are thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests import tiny
+from tests.web.home import LiveHome
+from tests.web.server import Server
+
+pytestmark = pytest.mark.timeout(900)
+ASSETS = (
+    "dataset_shards",
+    "tokenizer_compatibility",
+    "teacher_capture",
+    "capture_catalog",
+    "student_model",
+    "control_student",
+    "student_evaluation",
+)
+# Groups are drawn closed; this is what clicking all three open puts into the address.
+EXPANDED = "%2C".join(f"global%40global%3A{group}" for group in ("data", "capture", "students"))
+GIVEN = os.environ.get("DISTILL_PICTURES_HOME")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> LiveHome:
+    root = tmp_path_factory.mktemp("pictures") / "home"
+    if GIVEN:
+        shutil.copytree(GIVEN, root, symlinks=True)
+        return LiveHome(root)
+    home = LiveHome(tiny.make_home(root, teacher_folder, shards=2))
+    home.distill("run", "--device", "cpu")
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(__file__).parent / "pictures" if GIVEN else tmp_path_factory.mktemp("taken")
+
+
+def take(page: Page, file: Path) -> None:
+    page.wait_for_timeout(2_000)  # what is drawn last has no name to wait for
+    page.screenshot(path=file)
+    assert file.stat().st_size > 10_000
+
+
+def test_the_graph(server: Server, page: Page, folder: Path) -> None:
+    page.goto(f"/asset-groups?expanded={EXPANDED}", wait_until="domcontentloaded")
+    for asset in ASSETS:
+        expect(page.get_by_text(asset, exact=True).first).to_be_visible()
+    take(page, folder / "graph.png")
+
+
+def test_the_partitions(server: Server, page: Page, home: LiveHome, folder: Path) -> None:
+    first = min(home.on_disk())
+    page.goto(f"/assets/teacher_capture?view=partitions&partition={first}", wait_until="domcontentloaded")
+    for key in home.on_disk():
+        expect(page.get_by_text(key, exact=True).first).to_be_visible()
+    expect(page.get_by_text("mean kept mass").first).to_be_visible()
+    take(page, folder / "partitions.png")
+
+
+def test_the_evaluation(server: Server, page: Page, folder: Path) -> None:
+    page.goto("/assets/student_evaluation", wait_until="domcontentloaded")
+    expect(page.get_by_text("held-out positions").first).to_be_visible()
+    take(page, folder / "evaluation.png")
+
+
+def test_the_report(page: Page, home: LiveHome, folder: Path) -> None:
+    page.goto(Path(home.distill("report")["path"]).as_uri())
+    expect(page.get_by_text("Held-out captures").first).to_be_visible()
+    take(page, folder / "report.png")
