@@ -80,6 +80,15 @@ class StudentSettings(Spec):
             raise ValueError("config needs a model_type, such as llama")
         return self
 
+    def in_words(self) -> str:
+        """What the student was before it was trained: `layers 0, 4, 8 of the teacher`."""
+        if self.from_teacher_layers is not None:
+            return f"layers {', '.join(map(str, self.from_teacher_layers))} of the teacher"
+        if self.config is not None:
+            rest = ", ".join(f"{name} {value}" for name, value in self.config.items() if name != "model_type")
+            return f"random weights of a {self.config['model_type']}{f' with {rest}' if rest else ''}"
+        return f"{self.model}{f' at {self.revision}' if self.revision else ''}"
+
 
 class TokenizerSettings(Spec):
     """Differences between the two tokenizers the user takes on knowingly."""

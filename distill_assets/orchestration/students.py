@@ -234,11 +234,10 @@ class StudentSide:
         curves: dict[str, list[dict[str, Any]]] = {
             kind: [asdict(point) for point in read_student(self.folder(kind)).report.curve] for kind in self.kinds
         }
-        origin = self.settings.student.model_dump(exclude_none=True)
         details = ReportDetails(
             report_id=self.report_id,
             teacher=spec.teacher.name,
-            student=", ".join(f"{name} {value}" for name, value in origin.items()),
+            student=self.settings.student.in_words(),
             student_id=self.ids["student"],
             control_id=self.ids.get("control"),
             heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),

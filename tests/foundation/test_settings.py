@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill_assets.foundation.errors import SettingsError
-from distill_assets.foundation.settings import Settings, TargetSettings, load_settings
+from distill_assets.foundation.settings import Settings, StudentSettings, TargetSettings, load_settings
 
 SMALLEST = "teacher: {model: a}\nstudent: {model: b}\n"
 
@@ -220,3 +220,16 @@ def test_a_loss_that_the_targets_allow_is_taken(tmp_path: Path, lines: str) -> N
     file = tmp_path / "distill.yaml"
     file.write_text(SMALLEST + lines + "\n", encoding="utf-8")
     assert load_settings(file).training != Settings.model_fields["training"].default
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": "a/b", "revision": "v1"}, "a/b at v1"),
+        ({"from_teacher_layers": [0, 4, 8]}, "layers 0, 4, 8 of the teacher"),
+        ({"config": {"model_type": "llama", "hidden_size": 64}}, "random weights of a llama with hidden_size 64"),
+        ({"config": {"model_type": "gpt2"}}, "random weights of a gpt2"),
+    ],
+)
+def test_where_a_student_starts_is_said_in_words(given: dict[str, object], said: str) -> None:
+    assert StudentSettings.model_validate(given).in_words() == said
