@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PARTIAL = ".partial-"  # what an unfinished neighbour's name begins with; nobody reads such a name
 _REPLACED = f"{PARTIAL}was-"  # the folder whose place is being taken
 DAY_SECONDS = 86_400
@@ -38,6 +40,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a lock file; who comes second waits. The system frees that of a process that dies."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # whoever waits for the removed file sees that it is none, and tries anew
 
 
 @contextmanager

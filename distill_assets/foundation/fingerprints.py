@@ -88,9 +88,11 @@ class HashCache:
         signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         return str(self.value_of(str(path.resolve()), signature, lambda: compute(path)))
 
-    def value_of(self, name: str, signature: Any, compute: Callable[[], Any]) -> Any:
-        """What was found out about `name` under this very `signature`, else computed. Both are JSON values."""
-        entry = self._known.get(name)
+    def value_of(self, name: str, signature: Any, compute: Callable[[], Any], anew: bool = False) -> Any:
+        """What was found out about `name` under this very `signature`, else computed, as it is `anew`. Both are JSON
+        values with lists, not tuples: they are compared with what was read back.
+        """
+        entry = None if anew else self._known.get(name)
         if isinstance(entry, list) and len(entry) == 2 and entry[0] == signature:
             return entry[1]
         value = compute()

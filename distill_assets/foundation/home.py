@@ -102,12 +102,20 @@ class Home:
     @property
     def kept_clean(self) -> tuple[Path, ...]:
         """Folders, besides those of captures and models, in which files are made beside and renamed."""
-        made = (self.root, self.root / ".cache", self.students, self.reports, self.comparisons)
+        made = (self.root, self.root / ".cache", self.training, self.students, self.reports, self.comparisons)
         return tuple(folder for folder in made if not folder.is_symlink())
 
     def sweep(self) -> list[Path]:
         """Clean up what killed processes left; see `files.sweep`."""
-        made = (self.root, self.root / ".cache", self.models, self.students, self.reports, self.comparisons)
+        made = (
+            self.root,
+            self.root / ".cache",
+            self.training,
+            self.models,
+            self.students,
+            self.reports,
+            self.comparisons,
+        )
         return [path for folder in (*made, *self.captures.glob("*")) for path in sweep(folder)]
 
     def prepare_dagster(self) -> None:

@@ -27,7 +27,7 @@ _WITH_WEIGHTS = (*_WITHOUT_WEIGHTS, "*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-FileStamp = tuple[str, int, int, int, int]  # name, size, dates, inode: other bytes, another stamp
+FileStamp = tuple[str, int, int, int, int]  # path, size, dates, inode: other bytes, another stamp
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class ModelFolder:
         """Stamps of all files a tokenizer may be made of; ModelError when there is no tokenizer."""
         if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(f"{self.name}: no tokenizer in {self.path}; save one there with save_pretrained")
-        return _stamps(file for file in self.path.iterdir() if file.suffix not in (".safetensors", ".lock"))
+        files = (
+            file for file in self.path.rglob("*") if file.suffix not in (".safetensors", ".lock") and file.is_file()
+        )
+        return _stamps(files, self.path)
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, sorted; ModelError when there are none, or an index names a missing one."""
@@ -87,7 +90,7 @@ class ModelFolder:
 
     def stamp(self) -> tuple[FileStamp, ...]:
         """Stamps of configuration and weight files."""
-        return _stamps([self.path / "config.json", *self.weight_files()])
+        return _stamps([self.path / "config.json", *self.weight_files()], self.path)
 
     def n_parameters(self) -> int:
         """Numbers in the weight files, from their headers."""
@@ -103,8 +106,8 @@ class Weights:
     stamp: tuple[FileStamp, ...]
 
 
-def _stamps(files: Iterable[Path]) -> tuple[FileStamp, ...]:
-    stats = [(file.name, file.stat()) for file in files]
+def _stamps(files: Iterable[Path], root: Path) -> tuple[FileStamp, ...]:
+    stats = [(str(file.relative_to(root)), file.stat()) for file in files]
     return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats))
 
 

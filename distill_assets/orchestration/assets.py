@@ -125,7 +125,7 @@ def tokenizer_compatibility(context: dg.AssetExecutionContext) -> dg.Materialize
 def teacher_capture(context: dg.AssetExecutionContext, config: CaptureConfig) -> dg.MaterializeResult:
     states = look()
     if WHY_TAG not in context.run.tags:  # `distill run` says more
-        why = metadata.why(states.pipeline.capture_states(context.partition_keys))
+        why = metadata.why(states.pipeline.capture_states(context.partition_keys), config.force)
         context.instance.add_run_tags(context.run.run_id, {WHY_TAG: why})
     reports: list[CaptureReport] = []
     failures: list[Exception] = []

@@ -185,7 +185,9 @@ class _Walk:
         except dg.DagsterError:  # the blocking check failed; the guard says why, with the evidence
             self.pipeline.require_usable_pair()
             raise
-        self.pipeline.require_usable_pair()
+        told = self.pipeline.tokenizer_verdict
+        if told is None or not told.usable:  # else whoever captures or trains reaches the verdict again
+            self.pipeline.require_usable_pair()
 
     def _capture(self, plan: CapturePlan, only: Sequence[str]) -> None:
         """Run the plan's shards, one Dagster run each; a failure is kept and the next one goes on."""

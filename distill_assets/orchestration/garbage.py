@@ -22,6 +22,7 @@ from distill_assets.foundation.home import Home
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
+from distill_assets.student_model.checkpoints import student_under_way
 from distill_assets.teacher_capture.contents import Item, Needs, contents, is_ours
 
 
@@ -149,6 +150,8 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
     """Which are current is known once every shard is captured; the others stay until those are made."""
     students = AssetStates(pipeline).students
     home = pipeline.home
+    if not pipeline.uncaptured and not _is_link(home.training, kept):
+        yield from _checkpoints(home.training, set(students.ids.values()))
     if pipeline.uncaptured or not all(students.exists(kind) for kind in students.kinds):
         kept.append("students and reports: the current student is not trained yet")
         return
@@ -158,8 +161,6 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
         current[home.reports] = {students.report_id}
     else:
         kept.append("reports: the current one is not written yet")
-    for folder in sorted(home.training.glob("*")):  # of students that nobody waits for any more
-        yield Removal("checkpoints", folder, size_of(folder))
     for root, names in current.items():
         if _is_link(root, kept):
             continue
@@ -167,6 +168,14 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
             ours = is_ours(folder.name) and folder.is_dir() and not folder.is_symlink()
             if ours and folder.name not in names:
                 yield Removal(root.name.removesuffix("s"), folder, size_of(folder))
+
+
+def _checkpoints(root: Path, awaited: Collection[str]) -> Iterator[Removal]:
+    """Those of students that nobody waits for any more."""
+    for path in sorted(root.glob("*")):
+        student = student_under_way(path.name)
+        if is_ours(student) and student not in awaited and not path.is_symlink():
+            yield Removal("checkpoints", path, size_of(path))
 
 
 def _is_link(folder: Path, kept: list[str]) -> bool:

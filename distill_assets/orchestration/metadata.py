@@ -128,9 +128,9 @@ def of_capture_report(report: CaptureReport) -> Metadata:
     return values
 
 
-def why(states: Sequence[State]) -> str:
+def why(states: Sequence[State], force: bool = False) -> str:
     """Why a run captures these shards, for its tags: `changed`, or `2 changed, 1 new`."""
-    counts = Counter(states)
+    counts = Counter("forced" if force and state == "current" else state for state in states)
     return ", ".join(counts) if len(states) == 1 else ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
 
 

@@ -103,13 +103,10 @@ class Pipeline:
 
     def require_usable_pair(self) -> None:
         """The guard in front of capture and training, whichever way they are started: a student that can
-        be made, and tokenizers that agree. A verdict that was written stands; a refusal is reached again, with its
-        evidence.
+        be made, and tokenizers that agree. The verdict is reached here, whatever was written down.
         """
         self.require_layers()
-        written = self.tokenizer_verdict
-        if written is None or not written.usable:
-            require_compatible(self.tokenizer_report())
+        require_compatible(self.tokenizer_report())
 
     # captures --------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
 from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, TrainingError
-from distill_assets.foundation.files import remove
+from distill_assets.foundation.files import alone, remove
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.foundation.tokenizers import load_tokenizer
@@ -144,30 +144,33 @@ class StudentSide:
         """The student of this kind, trained unless it exists, and the catalog told of it."""
         self.require_inputs()
         self.pipeline.require_usable_pair()
-        if force or not self.exists(kind):
-            from distill_assets.foundation.devices import resolve_device
-            from distill_assets.student_model.training import train_student
-            from distill_assets.teacher_capture.teacher import release_teacher
-
-            spec = self.pipeline.spec
-            under_way = folder_under_way(self.home.training, self.ids[kind], str(resolve_device(device)))
-            if force:
-                remove(under_way)
-            release_teacher()  # the student needs the room, and never the teacher
-            train_student(
-                self._spec(kind),
-                self._initial(device),
-                load_tokenizer(spec.teacher),
-                self._rows("train"),
-                self.folder(kind),
-                validation=self._rows("validation"),
-                max_missing_mass=self.settings.tokenizer.max_missing_mass,
-                device=device,
-                under_way=under_way,
-                on_progress=on_progress,
-            )
+        with alone(self.home.training / f"{self.ids[kind]}.lock"):  # two would work in one folder of checkpoints
+            if force or not self.exists(kind):
+                self._train(kind, device, force, on_progress)
         refresh_lineage(self.home.catalog, self.home.students)
         return read_student(self.folder(kind))
+
+    def _train(self, kind: StudentKind, device: str, force: bool, on_progress: ProgressListener) -> None:
+        from distill_assets.foundation.devices import resolve_device
+        from distill_assets.student_model.training import train_student
+        from distill_assets.teacher_capture.teacher import release_teacher
+
+        under_way = folder_under_way(self.home.training, self.ids[kind], str(resolve_device(device)))
+        if force:
+            remove(under_way)
+        release_teacher()  # the student needs the room, and never the teacher
+        train_student(
+            self._spec(kind),
+            self._initial(device),
+            load_tokenizer(self.pipeline.spec.teacher),
+            self._rows("train"),
+            self.folder(kind),
+            validation=self._rows("validation"),
+            max_missing_mass=self.settings.tokenizer.max_missing_mass,
+            device=device,
+            under_way=under_way,
+            on_progress=on_progress,
+        )
 
     def _spec(self, kind: StudentKind) -> StudentSpec:
         used = [e.capture for role in _LEARNT_FROM for e in self._entries(role)]

@@ -74,6 +74,8 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
         ids_BT[np.arange(ids_BT.shape[1]) < lengths_B[:, None]] = ids_M
         position_N = np.concatenate([row.targets.positions_P for row in rows])
         row_N = np.repeat(np.arange(len(rows)), [row.targets.n_positions for row in rows])
+        if (position_N + 1 >= lengths_B[row_N]).any():
+            raise IndexError("a position has no token after it in its row")
         labels_BT[row_N, position_N] = ids_BT[row_N, position_N + 1]
     weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
     batch = {

@@ -35,6 +35,7 @@ def require_layers(teacher: ModelFolder, layers: list[int]) -> None:
 
 
 def given(folder: ModelFolder | None) -> ModelFolder:
+    """The resolved `student.model`; ValueError for a caller that forgot it."""
     if folder is None:
         raise ValueError("student.model needs its resolved folder")
     return folder

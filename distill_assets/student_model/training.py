@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -36,12 +35,12 @@ from transformers import (
 
 from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import TrainingError
-from distill_assets.foundation.files import write_json
+from distill_assets.foundation.files import remove, write_json
 from distill_assets.foundation.language_model import head_width
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
-from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_checkpoint
+from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_checkpoint, mark_whole
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
 from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
@@ -73,8 +72,9 @@ def train_student(
     probability lies on ids the student lacks, or when a loss is not finite; whatever is raised, an
     interrupt included, `folder` is as it was.
 
-    With a folder `under_way`, a checkpoint is left there every `checkpoint_seconds`, and a training that was killed
-    goes on from it, on one CPU to the same bits as undisturbed; it is removed once the student is saved.
+    With a folder `under_way`, which is one training's at a time, a checkpoint is left there every `checkpoint_seconds`,
+    and one that was killed goes on from it, on one CPU to the same bits as undisturbed; the folder is removed once the
+    student is saved. One process only: several start over.
     """
     target = resolve_device(device)
     if head_width(model) < spec.vocabulary.n_real:
@@ -107,9 +107,10 @@ def train_student(
         trainer.add_callback(
             _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
         )
-        if under_way is not None:
+        before = None
+        if under_way is not None and arguments.world_size == 1:  # each of several would have its own clock
             trainer.add_callback(_Checkpoints(checkpoint_seconds))
-        before = latest_checkpoint(checkpoints)
+            before = latest_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(before) if before else None)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TrainingError(
@@ -129,7 +130,7 @@ def train_student(
     if trainer.is_world_process_zero():
         save_student(folder, model, tokenizer, spec, report)
         if under_way is not None:
-            shutil.rmtree(under_way, ignore_errors=True)
+            remove(under_way)
     return report
 
 
@@ -182,7 +183,6 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         logging_strategy="no",
         save_strategy="no",  # when, `_Checkpoints` says
-        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -233,6 +233,7 @@ class DistillationTrainer(Trainer):
         self.with_targets = with_targets
         self.curve: list[CurvePoint] = []
         self.validation: list[ValidationPoint] = []
+        self.trouble = ""  # with the last checkpoint
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     @property
@@ -248,19 +249,27 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint's weights, those that are tied once, and the curve: Trainer's own way knows neither."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(folder / _WEIGHTS))
         told = {"curve": list(map(asdict, self.curve)), "validation": list(map(asdict, self.validation))}
         write_json(folder / _CURVE, {**told, "seconds": self.seconds})
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's, marked whole at its end. That one cannot be written is no reason to stop."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        self.trouble = ""
+        try:
+            super()._save_checkpoint(model, trial)
+            mark_whole(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self.trouble = f", no checkpoint: {str(error).splitlines()[0]}"
+            remove(folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        try:
-            load_model(self.module, folder / _WEIGHTS)
-            told = json.loads((folder / _CURVE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise TrainingError(f"the checkpoint {folder} is damaged ({error}); delete it and run again") from error
+        load_model(self.module, folder / _WEIGHTS)
+        told = json.loads((folder / _CURVE).read_text(encoding="utf-8"))
         self.curve = [CurvePoint(**point) for point in told["curve"]]
         self.validation = [ValidationPoint(**point) for point in told["validation"]]
         self._seconds_before = told["seconds"]
@@ -342,4 +351,5 @@ class _Watch(TrainerCallback):
                 ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce)
             )
             note += f", validation {kd if with_targets else ce:.4f}"
+        note += self._trainer.trouble
         self._on_progress(Progress(self._name, step, state.max_steps, "steps", self._trainer.seconds, note))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, encode_shard
 from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, OutOfMemory
+from distill_assets.foundation.files import alone
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TargetSettings
@@ -69,7 +67,7 @@ def capture_shard(
     name = (spec.capture_id, shard.key, shard.version)
     if current := store.pinned(spec, shard) or (None if force else _current(spec, shard, store)):
         return CaptureReport(current, written=False)
-    with _alone(store.lock(*name)):
+    with alone(store.lock(*name)):  # two processes on one shard version would work in one folder of chunks
         if not force and (current := _current(spec, shard, store)):
             return CaptureReport(current, written=False)  # another process made it while we waited
         try:
@@ -79,17 +77,6 @@ def capture_shard(
             raise
         store.forget_failure(*name)
         return report
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Two processes on one shard version would work in one folder of chunks: the second waits."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file):
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)  # whoever waits for the removed file sees that it is none, and tries anew
 
 
 def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | None:

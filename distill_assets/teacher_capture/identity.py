@@ -20,6 +20,7 @@ from distill_assets.foundation.model_folders import ModelFolder, Weights, resolv
 from distill_assets.foundation.settings import DataSettings, Settings, TargetSettings
 from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.tokenizer_compatibility.facts import TokenizerFacts, tokenizer_facts
+from distill_assets.tokenizer_compatibility.fingerprint import tokenizer_fingerprint
 
 FORMAT_VERSION = 1
 
@@ -42,15 +43,23 @@ class CaptureSpec:
     def capture_id(self) -> str:
         return digest(self.identity)
 
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self.data.on_bad_row == "skip"
+
     @cached_property
     def encoder(self) -> Encoder:
         """What encodes rows for this teacher; only now is its tokenizer loaded.
 
-        CaptureError when its files are no longer those the identity was made of.
+        CaptureError when it is not the one the identity was made of: what is remembered decides nothing.
         """
         tokenizer = load_tokenizer(self.teacher)
-        if self.teacher.tokenizer_stamp() != self.tokenizer.stamp:
-            raise CaptureError(f"the tokenizer in {self.teacher.path} was replaced under way; run again")
+        replaced = self.teacher.tokenizer_stamp() != self.tokenizer.stamp
+        if replaced or tokenizer_fingerprint(tokenizer) != self.tokenizer.fingerprint:
+            raise CaptureError(
+                f"the tokenizer in {self.teacher.path} is not the one that was looked at; "
+                f"run again{'' if replaced else ' with --rehash'}"
+            )
         return Encoder(tokenizer, self.data, self.tokenizer.ids.n_real)
 
     @property

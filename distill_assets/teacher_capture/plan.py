@@ -135,31 +135,30 @@ def capture_states(spec: CaptureSpec, shards: Iterable[Shard], store: CaptureSto
     return [state_of(shard) for shard in shards]
 
 
-def _state(shard: Shard, stored: _Stored) -> tuple[State, str]:
-    """The state and the reason; PinnedCapture for an import that does not fit."""
+def _state(shard: Shard, stored: _Stored) -> tuple[State, str, Capture | None]:
+    """The state, the reason, and the current capture; PinnedCapture for an import that does not fit."""
     try:
         if current := stored.store.current(stored.spec, shard):
-            return "current", "imported" if current.is_imported else "captured as it is"
+            return "current", "imported" if current.is_imported else "captured as it is", current
     except PinnedCapture:
         raise
     except CaptureError as damaged:
-        return "failed", str(damaged)
+        return "failed", str(damaged), None
     if message := stored.store.failure(stored.spec.capture_id, shard.key, shard.version):
-        return "failed", message
+        return "failed", message, None
     if shard.key in stored.shards:
-        return "changed", "the content is not what was captured"
+        return "changed", "the content is not what was captured", None
     if shard.key in stored.shards_elsewhere:
-        return "settings_changed", f"captured before, but not under capture {stored.spec.capture_id}"
-    return "new", "never captured"
+        return "settings_changed", f"captured before, but not under capture {stored.spec.capture_id}", None
+    return "new", "never captured", None
 
 
 def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> ShardPlan:
-    spec, store = stored.spec, stored.store
     try:
-        state, reason = _state(shard, stored)
-        if state == "current" and (capture := store.current(spec, shard)):
-            return ShardPlan(shard.key, state, reason, capture.stats.rows, 0, 0)
-        rows = encode_shard(shard, spec.encoder).rows
+        state, reason, current = _state(shard, stored)
+        if current:
+            return ShardPlan(shard.key, state, reason, current.stats.rows, 0, 0)
+        rows = encode_shard(shard, stored.spec.encoder).rows
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     keys = {row.key for row in rows}

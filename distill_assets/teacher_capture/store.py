@@ -275,7 +275,7 @@ class CaptureStore:
         if pinned := self.pinned(spec, shard):
             return pinned
         found = self.find(spec.capture_id, shard.key, shard.version)
-        return found if found is None or not found.stats.bad_rows or spec.encoder.skips_bad_rows else None
+        return found if found is None or not found.stats.bad_rows or spec.skips_bad_rows else None
 
     def is_pinned(self, shard: str) -> bool:
         """Whether any content of this shard was imported under this name: then the teacher never sees it."""

@@ -85,6 +85,7 @@ def test_a_run_says_why_and_how_much_it_captured_however_it_was_started(
     assert materialize("s0") == ("changed", "2 rows of 8")
     assert materialize("s0") == ("current", "nothing, all was current")
     assert metadata.why(["new", "changed", "new"]) == "1 changed, 2 new" and metadata.why([]) == ""
+    assert metadata.why(["current"], force=True) == "forced"
 
 
 def test_the_assets_name_their_code() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
-from distill_assets.student_model.checkpoints import latest_checkpoint
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.initial import initial_student
 from distill_assets.student_model.losses import LossMixture
@@ -332,19 +330,65 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     assert not under_way.exists()
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over_and_a_damaged_one_is_named(
+def damage_nothing(checkpoint: Path) -> None:
+    """What the others are compared with."""
+
+
+def cut_off(checkpoint: Path) -> None:
+    (checkpoint / "whole.json").unlink()
+
+
+def lose_the_optimizer(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+def halve_the_list(checkpoint: Path) -> None:
+    (checkpoint / "whole.json").write_text('{"curve.js')
+
+
+@pytest.mark.parametrize("damage", [damage_nothing, cut_off, lose_the_optimizer, flip_a_byte, halve_the_list])
+def test_a_checkpoint_that_is_not_whole_is_no_reason_to_fail(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path,
+    damage: Callable[[Path], None],
+) -> None:  # fmt: skip
+    under_way, seen = tmp_path / "under_way", list[int]()
+    options: dict[str, Any] = {"under_way": under_way, "checkpoint_seconds": 0.0}
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", **options, on_progress=stop)
+    (under_way / "checkpoint-x").write_text("a file")
+    damage(under_way / "checkpoint-2")
+    train_three_epochs(
+        teacher, tokenizer, rows, tmp_path / "x", **options, on_progress=lambda progress: seen.append(progress.done)
+    )
+    assert seen[0] == (3 if damage is damage_nothing else 1)
+    train_three_epochs(teacher, tokenizer, rows, tmp_path / "whole")
+    assert weights(tmp_path / "x") == weights(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_no_reason_to_stop(
     teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
-    under_way = tmp_path / "under_way"
-    train_until_killed(teacher, tmp_path, 5, 0.0)
-    [checkpoint] = under_way.glob("checkpoint-*")
-    newer = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-9"))
-    (newer / "trainer_state.json").write_text('{"global_st')
-    assert latest_checkpoint(under_way) == checkpoint and not newer.exists()
-    file = checkpoint / "model.safetensors"
-    good = file.read_bytes()
-    file.write_bytes(good[:-9])
-    with pytest.raises(TrainingError, match=r"the checkpoint .*checkpoint-4 is damaged .*delete it and run again"):
-        train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", under_way=under_way)
-    file.write_bytes(good)
-    train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", under_way=under_way)
+    under_way, notes = tmp_path / "under_way", list[str]()
+
+    def listen(progress: Progress) -> None:
+        notes.append(progress.note)
+        if progress.done < 4:
+            (under_way / f"checkpoint-{progress.done}").write_text("in the way of a folder")
+
+    train_three_epochs(
+        teacher, tokenizer, rows, tmp_path / "x", under_way=under_way, checkpoint_seconds=0.0, on_progress=listen
+    )
+    assert "no checkpoint: " in notes[1] and "no checkpoint: " not in notes[-1]
+    assert not under_way.exists() and (tmp_path / "x" / "model.safetensors").is_file()

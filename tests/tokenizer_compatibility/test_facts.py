@@ -80,7 +80,7 @@ def test_a_changed_file_is_looked_at_again(folder: ModelFolder, tmp_path: Path) 
         known(folder, tmp_path / "hashes.json")
 
 
-@pytest.mark.parametrize("library", ["transformers", "tokenizers"])
+@pytest.mark.parametrize("library", ["transformers", "tokenizers", "mistral-common"])
 def test_another_version_of_a_library_looks_again(
     folder: ModelFolder, tmp_path: Path, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +93,7 @@ def test_another_version_of_a_library_looks_again(
     assert known(folder, cache).fingerprint == "wrong"  # nothing changed: what is remembered is believed
     assert known(folder, tmp_path / "copy.json") == right  # another cache knows nothing
     version = facts.version
-    monkeypatch.setattr(facts, "version", lambda name: "0.0.1" if name == library else version(name))
+    monkeypatch.setattr(facts, "version", lambda name: "99" if name == library else version(name))
     assert known(folder, cache) == right
 
 
@@ -108,6 +108,40 @@ def test_a_tokenizer_replaced_under_way_encodes_nothing(tmp_path: Path, folder: 
     bench = Bench(tiny.make_home(tmp_path / "home", folder.path, shards=1))
     spec = bench.spec
     change_template(folder)
-    with pytest.raises(CaptureError, match=r"the tokenizer in .* was replaced under way; run again"):
+    with pytest.raises(CaptureError, match=r"the tokenizer in .* is not the one that was looked at; run again$"):
         _ = spec.encoder
     _ = bench.spec.encoder
+
+
+def test_a_template_in_a_folder_of_its_own_counts(folder: ModelFolder, tmp_path: Path) -> None:
+    """transformers reads additional_chat_templates/, and an edit there changes no date of the folder above."""
+    templates = folder.path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "default.jinja").write_text("a{{ messages }}")
+    before = known(folder, tmp_path / "hashes.json")
+    (templates / "default.jinja").write_text("b{{ messages }}")
+    after = known(folder, tmp_path / "hashes.json")
+    assert after.fingerprint == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder.path)) != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    "wrong", ["abc", None, 5, {}, [], {"fingerprint": 5, "n_real": "x", "unused": 3}, {"fingerprint": "a", "n_real": 1}]
+)
+def test_a_cache_with_something_else_in_it_is_not_believed(folder: ModelFolder, tmp_path: Path, wrong: object) -> None:
+    cache = tmp_path / "hashes.json"
+    right = known(folder, cache)
+    told = json.loads(cache.read_text())
+    [name] = [name for name in told if name.startswith("tokenizer ")]
+    cache.write_text(json.dumps({**told, name: [told[name][0], wrong]}))
+    assert known(folder, cache) == right == known(folder, cache)
+
+
+def test_a_fact_that_is_wrong_files_no_capture_under_it(tmp_path: Path, folder: ModelFolder) -> None:
+    bench = Bench(tiny.make_home(tmp_path / "home", folder.path, shards=1))
+    hashes = bench.home.hashes()
+    right = tokenizer_facts(folder, hashes).fingerprint
+    hashes.save()
+    cache = bench.home.root / ".cache" / "hashes.json"
+    cache.write_text(cache.read_text().replace(right, "f" * 16))
+    with pytest.raises(CaptureError, match="run again with --rehash"):
+        _ = bench.spec.encoder
