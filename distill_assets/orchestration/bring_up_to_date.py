@@ -319,8 +319,8 @@ class _Walk:
 
     def _report_students(self) -> None:
         students = self.states.students
-        self.report.student_id = students.ids["student"]
-        self.report.control_id = students.ids.get("control")
+        made = {kind: name for kind, name in students.ids.items() if students.exists(kind)}
+        self.report.student_id, self.report.control_id = made.get("student"), made.get("control")
         if record := students.evaluation():
             overall = record["overall"]
             self.report.evaluation = {name: overall[name] for name in ("n_rows", "n_positions", "models")}

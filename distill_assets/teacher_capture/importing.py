@@ -168,7 +168,7 @@ def _require_aligned(source: Path, found: AlignedReport) -> None:
     where, mend = (
         ("token t", "leave out the first list of each row and import with --rows shifted")
         if before > after
-        else ("token t + 2", "put an empty list before each row's lists")
+        else ("token t + 2", "put an empty list before each row's lists, and drop the last of them")
     )
     raise InterchangeError(
         f"{source}: list t must tell of token t + 1, but its likeliest id is {where} at {max(before, after):.0%} of "

@@ -22,6 +22,7 @@ from distill_assets.orchestration.garbage import GarbageReport, collect_garbage
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import shown_by
+from distill_assets.orchestration.students import StudentSide
 from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
@@ -154,6 +155,15 @@ def test_leftovers_and_failures_of_content_that_is_gone_go(home: Home) -> None:
         [("folder", "0" * 16), ("failure", left[1].name), *(("leftover", path.name) for path in (left[0], *left[2:]))]
     )
     assert not any(path.exists() for path in left) and all(path.exists() for path in (*kept, aside))
+
+
+def test_checkpoints_stay_as_long_as_their_student_is_wanted(home: Home) -> None:
+    wanted = StudentSide(Pipeline(home)).ids["student"]
+    for name in (f"{wanted}-0123456789abcdef", "f" * 16 + "-0123456789abcdef"):
+        (home.training / name / "checkpoint-3").mkdir(parents=True)
+    (home.training / "notes.txt").write_text("a user's")
+    assert ("checkpoints", "f" * 16 + "-0123456789abcdef") in removed(collect_garbage(home, dry_run=False))
+    assert {path.name for path in home.training.iterdir()} == {f"{wanted}-0123456789abcdef", "notes.txt"}
 
 
 def test_links_are_not_followed(home: Home, tmp_path: Path) -> None:

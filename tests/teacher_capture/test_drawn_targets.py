@@ -19,6 +19,7 @@ from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.drawn_targets import sparsify
 from distill_assets.teacher_capture.draws import draw_ids, draws_per_position, row_bits
 from distill_assets.teacher_capture.engine import score_rows
+from distill_assets.teacher_capture.redrawing import unexplained_nats
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 from tests import tiny
@@ -203,3 +204,19 @@ def test_what_is_not_drawn_equals_the_dense_distribution(teacher: Teacher, teach
         gold = logp_PV[np.arange(targets.n_positions), one.input_ids[targets.positions_P + 1]]
         assert np.allclose(targets.gold_logprob_P, gold, atol=2e-5)
         assert np.allclose(targets.entropy_P, -(np.exp(logp_PV) * logp_PV).sum(-1), atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_explained_by_the_distribution_whatever_all_of_it_is_off_by(
+    teacher: Teacher, teacher_folder: Path, kind: str
+) -> None:
+    """A float32 log-sum-exp of a large vocabulary is off by 1e-5, which moves no draw."""
+    settings = KINDS[kind]
+    strange = []
+    for one, targets in zip(ROWS, scored(teacher, [0, 1, 2, 3], settings, 64), strict=True):
+        logp_PV = dense_logprobs(teacher_folder, one, teacher.n_real)[targets.positions_P].astype(np.float32)
+        bits_PS = row_bits(one.key, settings, targets.n_positions)
+        for shift in (0.0, 1e-4, -1e-4):
+            assert unexplained_nats(logp_PV + np.float32(shift), targets, settings, bits_PS).max() < 2e-4
+        strange.append(unexplained_nats(logp_PV, targets, settings, row_bits("0a", settings, len(logp_PV))))
+    assert np.concatenate(strange).max() > 0.1
