@@ -22,7 +22,7 @@ from workload import BenchHome, all_targets, arguments, by_turns, real_rows, scr
 
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.student_model.batches import collate
-from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer, to_arrow
+from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.interchange import export_jsonl
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
@@ -128,8 +128,9 @@ def passes(scan_once: Callable[[Path], None], path: Path) -> None:
 def scan(path: Path) -> None:
     """Every row of a capture as the batches a student is trained on."""
     with pq.ParquetFile(path) as file:
+        columns = [name for name in file.schema_arrow.names if name not in NOT_LEARNT_FROM]
         for group in range(file.num_row_groups):
-            rows = from_arrow(file.read_row_group(group))
+            rows = from_arrow(file.read_row_group(group, columns))
             for start in range(0, len(rows), SCAN_ROWS):
                 collate(rows[start : start + SCAN_ROWS], with_targets=True)
 

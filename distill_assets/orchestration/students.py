@@ -42,7 +42,7 @@ class StudentSide:
         return [entry for entry in self.pipeline.entries if entry.role == role]
 
     def _rows(self, role: str) -> list[CapturedRow]:
-        return [row for entry in self._entries(role) for row in read_rows(entry.capture.path)]
+        return [row for entry in self._entries(role) for row in read_rows(entry.capture.path, to_learn_from=True)]
 
     @property
     def kinds(self) -> tuple[StudentKind, ...]:

@@ -24,6 +24,7 @@ from distill_assets.teacher_capture.sparse_targets import (
 )
 
 _PER_POSITION = ("tail_logprob", "gold_logprob", "entropy")
+NOT_LEARNT_FROM = frozenset({"gold_logprob", "entropy"})  # columns that say nothing to a student
 POSITION_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
@@ -162,7 +163,9 @@ def _padded_ids(offsets_P1: NDArray[np.int64], ids_M: NDArray[np.int32]) -> NDAr
 
 
 def from_arrow(table: pa.Table) -> list[CapturedRow]:
-    """Rows as they were stored: log-probabilities decoded, not normalised."""
+    """Rows as they were stored: log-probabilities decoded, not normalised. Columns of NOT_LEARNT_FROM may be left out:
+    then nothing is known of them.
+    """
     ids_offsets, ids = _split(table["input_ids"])
     row_offsets, positions = _split(table["positions"])
     kept_offsets, support_ids = _split_lists(table["support_ids"])
@@ -174,6 +177,8 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     samples = _padded_ids(*_split_lists(table["tail_sample_ids"])) if "tail_sample_ids" in table.column_names else None
 
     def floats(name: str, null: float) -> NDArray[np.float32]:
+        if name not in table.column_names:
+            return np.full(len(positions), np.nan, dtype=np.float32)
         return _split(table[name])[1].cast(pa.float32()).fill_null(null).to_numpy(zero_copy_only=False)
 
     tail, gold, entropy = (

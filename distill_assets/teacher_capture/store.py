@@ -30,7 +30,7 @@ from distill_assets.foundation.errors import CaptureError, PinnedCapture
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import from_arrow, parquet_writer
+from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
 if TYPE_CHECKING:
@@ -145,10 +145,14 @@ def damaged(path: Path, error: Exception, remedy: str = "delete it and run again
     return CaptureError(f"{path}: damaged or unreadable ({error}); {mend}")
 
 
-def read_rows(path: Path) -> list[CapturedRow]:
-    """All rows of a capture file, in order, as stored; CaptureError when it is damaged."""
+def read_rows(path: Path, to_learn_from: bool = False) -> list[CapturedRow]:
+    """All rows of a capture file, in order, as stored, or only what a student learns from; CaptureError when it is
+    damaged.
+    """
     try:
-        return from_arrow(pq.read_table(path, page_checksum_verification=True))
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            without = NOT_LEARNT_FROM if to_learn_from else frozenset()
+            return from_arrow(file.read([name for name in file.schema_arrow.names if name not in without]))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise damaged(path, error) from error
 

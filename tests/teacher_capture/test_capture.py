@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_assets.foundation.errors import CaptureError, ShardError
 from distill_assets.foundation.progress import Progress
+from distill_assets.student_model.batches import collate
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.store import FOOTER, read_capture, read_row_group, read_rows
 from tests import tiny
@@ -236,3 +237,16 @@ def test_a_teacher_replaced_under_way_is_not_filed_under_the_old_one(
         capture_shard(spec, bench.shards["s0"], bench.store, device="cpu")
     assert not list(bench.home.captures.rglob("*.parquet"))
     assert capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").written
+
+
+def test_what_a_student_learns_from_is_all_but_what_it_is_measured_by(bench: Bench) -> None:
+    path = capture(bench, "s0").capture.path
+    whole, learnt = read_rows(path), read_rows(path, to_learn_from=True)
+    assert [(row.key, row.weight, row.id, row.truncated) for row in learnt] == [
+        (row.key, row.weight, row.id, row.truncated) for row in whole
+    ]
+    for mine, theirs in zip(learnt, whole, strict=True):
+        assert np.isnan(mine.targets.gold_logprob_P).all() and np.isnan(mine.targets.entropy_P).all()
+        assert not np.isnan(theirs.targets.entropy_P).any()
+    for mine, theirs in zip(*(collate(rows, with_targets=True).items() for rows in (learnt, whole)), strict=True):
+        assert mine[0] == theirs[0] and mine[1].equal(theirs[1])
