@@ -79,3 +79,8 @@ class TrainingError(DistillError):
 
 class StaleInputs(DistillError):
     """What was asked for needs something that is not up to date."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says first; it may go on for a page, or say nothing but its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

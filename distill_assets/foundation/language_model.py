@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.errors import ModelError, first_line
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import Dtype
-from distill_assets.foundation.tokenizers import first_line, quiet_transformers
+from distill_assets.foundation.tokenizers import quiet_transformers
 
 # Most float32 logits held at once, in rows of the whole head and in bytes. A GPU reads the head from its
 # memory for each chunk, and wants many rows for it; a CPU is fastest while a chunk stays in its caches.

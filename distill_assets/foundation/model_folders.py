@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.errors import ModelError, first_line
 from distill_assets.foundation.fingerprints import HashCache, digest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -172,13 +172,9 @@ def _fetch(name: str, revision: str | None, folder: Path, wanted: Sequence[str])
         offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise ModelError(
             f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} "
-            f"({_first_line(cause)})"
+            f"({first_line(cause)})"
         ) from None
     if unanswered:
-        said = _first_line(unanswered)
+        said = first_line(unanswered)
         warnings.warn(f"model {name}: the hub gave no answer ({said}); using cached commit {path.name}", stacklevel=3)
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from distill_assets.foundation.errors import ModelError
+from distill_assets.foundation.errors import ModelError, first_line
 from distill_assets.foundation.model_folders import FileStamp, ModelFolder
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of transformers says first; it may go on for a page."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:

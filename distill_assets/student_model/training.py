@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from distill_assets.foundation.devices import resolve_device
-from distill_assets.foundation.errors import TrainingError
+from distill_assets.foundation.errors import TrainingError, first_line
 from distill_assets.foundation.files import remove, write_json
 from distill_assets.foundation.language_model import head_width
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -263,7 +263,7 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             mark_whole(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            self.trouble = f", no checkpoint: {str(error).splitlines()[0]}"
+            self.trouble = f", no checkpoint: {first_line(error)}"
             remove(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
