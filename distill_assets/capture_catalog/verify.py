@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import read_lineages
-from distill_assets.foundation.errors import CaptureError, UnreadableFile
-from distill_assets.foundation.fingerprints import content_hash
+from distill_assets.foundation.errors import CaptureError, UnreadableFile, first_line
+from distill_assets.foundation.fingerprints import SHORT, content_hash
 from distill_assets.foundation.problems import FileListener, Problem
-from distill_assets.teacher_capture.store import IMPORT_AGAIN, IMPORTED, Capture, CaptureStore, read_capture
-from distill_assets.teacher_capture.verify import AGAIN, GC
+from distill_assets.teacher_capture.contents import Item, Needs
+from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.verify import remedy_for
 
 ANEW = "delete it, then `distill run` builds it anew"
 _TABLES = re.findall(r"CREATE TABLE (\w+)", schema.TABLES)
@@ -38,7 +39,7 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
             }
             counted = dict(connection.execute("SELECT shard, count(*) FROM examples GROUP BY shard").fetchall())
     except duckdb.Error as error:
-        return [f"{catalog} cannot be read ({str(error).splitlines()[0]})"]
+        return [f"{catalog} cannot be read ({first_line(error)})"]
     problems = []
     held = {(c.shard, c.capture_id, c.version): c for c in captures}
     problems += [f"shard {shard} is listed, but its capture is not in the store" for shard, *_ in listed.keys() - held]
@@ -57,6 +58,7 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
 def verify_catalog(
     catalog: Path,
     store: CaptureStore,
+    needs: Needs,
     students: Path,
     current: Sequence[Capture],
     is_current: bool,
@@ -68,10 +70,9 @@ def verify_catalog(
 
     `is_current`: it claims to describe the captures in `current`, so it must list them. One that does not is
     merely behind, and what it lists must be there all the same. Of the files in `damaged` that was said already.
+    A catalog that is not there has none: whether it ever was, it does not know.
     """
     if not catalog.exists():
-        if current:
-            yield Problem("missing", catalog, "there are captures, but no catalog of them; `distill run` builds it")
         return
     on_file(catalog)
     try:
@@ -81,15 +82,14 @@ def verify_catalog(
             listed = _captures_listed(connection)
             learnt = _students_listed(connection)
     except duckdb.Error as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        yield Problem("damaged", catalog, f"cannot be read ({reason}); {ANEW}")
+        yield Problem("damaged", catalog, f"cannot be read ({first_line(error)}); {ANEW}")
         return
     if meta != [(schema.SCHEMA_VERSION, str(catalog.parent))]:
         reason = "not the catalog of this home as this version writes it"
         yield Problem("mismatch", catalog, f"{reason} (was the home moved?); `distill run` builds it anew")
         return
     for row in listed:
-        yield from _verify_listed(catalog, store, row, damaged)
+        yield from _verify_listed(catalog, store, needs, row, damaged)
     yield from _verify_students(catalog, students, learnt)
     if is_current:
         for reason in compare_with_store(catalog, current):
@@ -113,7 +113,7 @@ def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, An
 
 
 def _verify_listed(
-    catalog: Path, store: CaptureStore, listed: dict[str, Any], damaged: Collection[Path]
+    catalog: Path, store: CaptureStore, needs: Needs, listed: dict[str, Any], damaged: Collection[Path]
 ) -> Iterator[Problem]:
     """A line of the catalog against its file."""
     # By name, for a home may be reached by another path; imported captures may have another shard's.
@@ -147,7 +147,8 @@ def _verify_listed(
             return
     if path in damaged:
         return
-    remedy = IMPORT_AGAIN if path.parent.name == IMPORTED else AGAIN if listed["current"] else GC
+    item = Item("capture", path, path.parent.name, listed["shard"], listed["version"][:SHORT])
+    remedy = remedy_for(item, needs)
     try:
         if listed["sha256"] not in (None, content_hash(path)):
             yield Problem("damaged", path, f"its bytes are not those that the catalog was told of; {remedy}")

@@ -82,5 +82,6 @@ class StaleInputs(DistillError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of somebody else's says first; it may go on for a page, or say nothing but its kind."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error of somebody else's says first, printable; it may go on for a page, or say nothing but its kind."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)

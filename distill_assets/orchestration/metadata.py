@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from distill_assets.teacher_capture.capture import CaptureReport
     from distill_assets.teacher_capture.faithful import FaithfulReport
 
+FILE = "file"
 WRITTEN = "file written"  # False when the capture was current and nothing was done
 MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
 
@@ -81,7 +82,7 @@ def of_capture(capture: Capture, written: bool) -> Metadata:
         "truncated rows": stats.truncated_rows,
         "bad rows": stats.bad_rows,
         "capture id": capture.capture_id,
-        "file": dg.MetadataValue.path(capture.path),
+        FILE: dg.MetadataValue.path(capture.path),
     }
     if stats.mean_entropy is not None:
         values["mean entropy (nats)"] = round(stats.mean_entropy, 4)

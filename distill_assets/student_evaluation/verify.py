@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_assets.foundation.errors import UnreadableFile
+from distill_assets.foundation.errors import UnreadableFile, first_line
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE
@@ -29,7 +29,7 @@ def verify_reports(reports: Path, on_file: FileListener) -> Iterator[Problem]:
         try:
             named = _report_id(folder)
         except (OSError, ValueError, KeyError, TypeError, UnreadableFile) as error:
-            yield Problem("damaged", folder, f"not whole ({error}); {AGAIN}")
+            yield Problem("damaged", folder, f"not whole ({first_line(error)}); {AGAIN}")
             continue
         if named != folder.name:
             yield Problem("mismatch", folder, f"by its {JSON_FILE} it is report {named}; {AGAIN}")
@@ -44,6 +44,6 @@ def _report_id(folder: Path) -> str:
         raise ValueError(f"{summary.name} is empty")
     RowSums.read(folder / ROWS_FILE)
     record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-    if lacking := sorted({"verdict", "summary", "overall"} - set(record)):
+    if lacking := sorted({"verdict", "summary", "overall", "details"} - set(record)):
         raise ValueError(f"{JSON_FILE} lacks {lacking[0]}")
     return str(record["details"]["report_id"])

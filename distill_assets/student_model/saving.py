@@ -10,7 +10,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
@@ -133,9 +133,13 @@ def read_student(folder: Path) -> StudentRecord:
         return _RECORD.validate_json(file.read_bytes())
     except FileNotFoundError:
         raise TrainingError(f"{folder}: no {RECORD_FILE}, so no student of ours; run again to train one") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        reason = f"{where}: {problem['msg']}" if where else problem["msg"]
         raise TrainingError(f"{file}: damaged ({reason}); delete the folder and run again") from error
+    except OSError as error:
+        raise TrainingError(f"{file}: cannot be read ({error.strerror}); delete the folder and run again") from error
 
 
 def _model_card(record: StudentRecord) -> str:

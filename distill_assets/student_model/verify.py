@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distill_assets.foundation.errors import ModelError, TrainingError, UnreadableFile
+from distill_assets.foundation.errors import ModelError, TrainingError, UnreadableFile, first_line
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.model_folders import ModelFolder
@@ -62,5 +62,5 @@ def _weights_problem(file: Path, sha256: str | None) -> str | None:
         if sha256 is not None and content_hash(file) != sha256:
             return f"its bytes are not those that were written ({RECORD_FILE} has their SHA-256)"
     except (OSError, SafetensorError, UnreadableFile) as error:
-        return f"cannot be read to its end ({error})"
+        return f"cannot be read to its end ({first_line(error)})"
     return None

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.errors import CaptureError, PinnedCapture
+from distill_assets.foundation.errors import CaptureError, PinnedCapture, first_line
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
@@ -142,7 +142,7 @@ def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Captur
 def damaged(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
     """What to say of a capture file that cannot be read. Nobody here could make an imported one again."""
     mend = IMPORT_AGAIN if path.parent.name == IMPORTED else remedy
-    return CaptureError(f"{path}: damaged or unreadable ({error}); {mend}")
+    return CaptureError(f"{path}: damaged or unreadable ({first_line(error)}); {mend}")
 
 
 def read_rows(path: Path, to_learn_from: bool = False) -> list[CapturedRow]:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_assets.dataset_shards.discover import Discovery
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, first_line
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.teacher_capture.contents import Item, Needs, contents
 from distill_assets.teacher_capture.identity import CaptureSpec
@@ -16,7 +15,8 @@ from distill_assets.teacher_capture.inspection import inspect_capture
 from distill_assets.teacher_capture.store import IMPORT_AGAIN, CaptureStore, read_capture
 
 GC = "`distill gc` removes it"
-AGAIN = "delete it, then `distill run` makes it again"
+_AGAIN = "delete it, then `distill run` makes it again"
+_LATER = "`distill run` copies what is whole of it, and `distill gc` removes it after that"
 _ORPHANS = {
     "leftover": "left by a process that was killed",
     "unfinished": "finished chunks that no shard on disk would go on from",
@@ -25,20 +25,18 @@ _ORPHANS = {
 
 
 def verify_captures(
-    spec: CaptureSpec, discovery: Discovery, store: CaptureStore, is_busy: Callable[[], bool], on_file: FileListener
+    spec: CaptureSpec, needs: Needs, store: CaptureStore, is_busy: Callable[[], bool], on_file: FileListener
 ) -> Iterator[Problem]:
     """Problems of `captures/`. Superseded captures are none; nor is a shard without a capture, which is to be
     captured; nor, while somebody works in the home, what looks left over: it may be theirs. `is_busy` is asked
     last, for reading takes long: whoever ended meanwhile has taken away what was theirs.
     """
-    needs = Needs(spec, discovery, store)
     left = []
     for item in contents(store.root):
         if item.kind == "capture":
             on_file(item.path)
-            remedy = IMPORT_AGAIN if item.is_imported else AGAIN if needs.is_current(item) else GC
             for kind, reason in inspect_capture(item.path, _n_ids(spec, item)):
-                yield Problem(kind, item.path, f"{reason}; {remedy}")
+                yield Problem(kind, item.path, f"{reason}; {remedy_for(item, needs)}")
         elif item.kind == "stranger":
             yield Problem("orphaned", item.path, "nothing of ours; move it out of captures/")
         elif item.kind in _ORPHANS and item not in needs:
@@ -47,6 +45,15 @@ def verify_captures(
             yield from _verify_chunks(item, on_file)
     if not is_busy():
         yield from (problem for problem in left if problem.path.exists())
+
+
+def remedy_for(item: Item, needs: Needs) -> str:
+    """What to do about a capture that is not what it should be."""
+    if item.is_imported:
+        return IMPORT_AGAIN
+    if needs.is_current(item):
+        return _AGAIN
+    return _LATER if item in needs else GC
 
 
 def _n_ids(spec: CaptureSpec, item: Item) -> int | None:
@@ -66,4 +73,6 @@ def _verify_chunks(item: Item, on_file: FileListener) -> Iterator[Problem]:
                 for group in range(chunk.num_row_groups):
                     chunk.read_row_group(group)
         except (OSError, pa.ArrowException) as error:
-            yield Problem("damaged", file, f"a finished chunk that cannot be read ({error}); `distill run` redoes it")
+            yield Problem(
+                "damaged", file, f"a finished chunk that cannot be read ({first_line(error)}); `distill run` redoes it"
+            )

@@ -144,6 +144,7 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     source = of_another_engine(home, another, tmp_path)
     (home / "shards" / "s1.jsonl").unlink()
     pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=False).capture.path
+    assert verify(Home(home)).problems == ()  # no catalog was ever made
     report = run(home)
     assert report.checks and all(check["passed"] for check in report.checks.values())
     assert verify(Home(home)).problems == ()
@@ -161,6 +162,11 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
         Pipeline(Home(home)).import_jsonl(source, "s2", shifted=False, replace=False)
     with pytest.raises(TrainingError, match="captures of different kinds of targets"):
         run(home)
+
+    (home / "catalog.duckdb").unlink()
+    pinned.unlink()
+    missing = [problem for problem in verify(Home(home)).problems if problem.path == pinned]
+    assert [problem.kind for problem in missing] == ["missing"] and "it was imported" in missing[0].message
 
 
 def foreign_lines(n: int) -> list[dict[str, object]]:

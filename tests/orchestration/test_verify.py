@@ -162,13 +162,41 @@ def test_the_catalog_edited_or_damaged(home: Home) -> None:
     assert found(home) == [("missing", "catalog.duckdb")]
 
 
+@pytest.mark.parametrize("catalog", ["gone", "damaged"])
+def test_what_is_gone_is_named_without_the_catalog(home: Home, catalog: str) -> None:
+    s1 = current(home, "s1")
+    student = home.students / AssetStates(Pipeline(home)).students.ids["student"]
+    home.catalog.unlink()
+    if catalog == "damaged":
+        home.catalog.write_bytes(b"no catalog")
+    shutil.rmtree(student)
+    problem = ("missing" if catalog == "gone" else "damaged", "catalog.duckdb")
+    assert found(home) == sorted([problem, ("missing", below(home, student))])
+    s1.unlink()  # what would be trained now is not known then
+    assert found(home) == sorted([problem, ("missing", below(home, s1))])
+
+
+def test_a_damaged_capture_that_rows_may_yet_be_copied_from(home: Home) -> None:
+    [old] = [p for p in home.captures.glob("*/s1@*.parquet") if read_capture(p).stats.rows == 6]
+    flip(old, old.stat().st_size // 2)
+    [problem] = verify(home).problems
+    assert problem.path == old and problem.message.endswith("; `distill gc` removes it")
+    current(home, "s1").unlink()
+    tiny.write_jsonl(home.root / "shards" / "s1.jsonl", tiny.example_rows(6, start=100)[1:])  # rows of the damaged one
+    [problem] = [p for p in verify(home).problems if p.path == old]
+    assert "copies what is whole" in problem.message
+    assert collect_garbage(home, dry_run=True).removed == ()
+
+
 def test_students_that_are_not_whole(home: Home) -> None:
     first, second, third, fourth = sorted(home.students.iterdir())
     (first / "model.safetensors").unlink()
     weights = (second / "model.safetensors").read_bytes()
     (second / "model.safetensors").write_bytes(weights[:-100])
     (third / "tokenizer.json").write_text("{")
-    (fourth / RECORD_FILE).write_text('{"spec"')
+    (fourth / RECORD_FILE).write_text('{"spec": {"student_id": 1}}')
+    [said] = [p.message for p in verify(home).problems if p.path == fourth]
+    assert "spec.student_id: Input should be a valid string" in said and "\n" not in said and "pydantic" not in said
     assert found(home) == [
         ("damaged", below(home, first)),
         ("damaged", below(home, second / "model.safetensors")),
