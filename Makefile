@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := capture_speed storage kill capture_reuse losses student_step tokenizer_check catalog orchestration
+BENCHMARKS := capture_speed storage kinds kill capture_reuse losses student_step tokenizer_check catalog orchestration
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help

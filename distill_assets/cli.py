@@ -185,12 +185,22 @@ def check(
 @app.command()
 def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOption = False) -> None:
     """What a run would capture, and why; runs nothing."""
-    capture_plan = _pipeline(find_home(home), rehash).plan()
+    from distill_assets.orchestration.status import what_follows
+
+    pipeline = _pipeline(find_home(home), rehash)
+    capture_plan = pipeline.plan()
+    following = what_follows(pipeline, capture_plan)
     if as_json:
-        shards = [asdict(shard) for shard in capture_plan.shards]
-        print_json({"capture_id": capture_plan.capture_id, "shards": shards, "basis": capture_plan.basis})
+        print_json(
+            {
+                "capture_id": capture_plan.capture_id,
+                "shards": [asdict(shard) for shard in capture_plan.shards],
+                "basis": capture_plan.basis,
+                "then": [asdict(asset) for asset in following],
+            }
+        )
     else:
-        terminal.show_plan(capture_plan)
+        terminal.show_plan(capture_plan, following)
 
 
 @app.command()

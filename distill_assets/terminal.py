@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
     from distill_assets.orchestration.bring_up_to_date import RunReport
     from distill_assets.orchestration.garbage import GarbageReport
-    from distill_assets.orchestration.status import HomeStatus, ShardStatus
+    from distill_assets.orchestration.status import Following, HomeStatus, ShardStatus
     from distill_assets.orchestration.verify import VerifyReport
     from distill_assets.student_evaluation.comparison import Comparison
     from distill_assets.teacher_capture.importing import ImportReport
@@ -195,8 +195,8 @@ def _shown(shards: Sequence[AShard]) -> tuple[Sequence[AShard], str]:
     return at_a_glance(shards, MOST_SHARDS if out.is_terminal else len(shards))
 
 
-def show_plan(plan: CapturePlan) -> None:
-    """The shards, and what a run would do in a sentence."""
+def show_plan(plan: CapturePlan, following: Sequence[Following]) -> None:
+    """The shards, and what a run would do in a sentence or two."""
     shown, more = _shown(plan.shards)
     out.print(plan_table(shown, out.width))
     out.print(more)
@@ -204,6 +204,16 @@ def show_plan(plan: CapturePlan) -> None:
         out.print(line)
     if any(shard.is_to_capture for shard in plan.shards):
         out.print(f"[dim]Estimated from {plan.basis}.[/]", soft_wrap=True)
+    if following:
+        out.print(f"Then {follow_up(following)}.", soft_wrap=True)
+
+
+def follow_up(following: Sequence[Following]) -> str:
+    """`capture_catalog, student_model (last time 93 s)`: assets that are made besides captures."""
+    return ", ".join(
+        asset.asset + ("" if asset.last_seconds is None else f" (last time {asset.last_seconds:,.0f} s)")
+        for asset in following
+    )
 
 
 def plan_summary(shards: Sequence[ShardPlan]) -> list[str]:
@@ -299,9 +309,9 @@ def show_run(report: RunReport) -> None:
             f"{report.seconds:,.1f} s in all."
         )
     if foreseen := report.estimate:
-        seconds = "no time" if foreseen["seconds"] is None else f"{foreseen['seconds']:,.1f} s"
+        seconds = "" if foreseen["seconds"] is None else f"{foreseen['seconds']:,.1f} s and "
         out.print(
-            f"[dim]Estimated: {seconds}, {_size(foreseen['bytes'])}; it took {report.capture_seconds:,.1f} s and "
+            f"[dim]Estimated: {seconds}{_size(foreseen['bytes'])}; it took {report.capture_seconds:,.1f} s and "
             f"{_size(report.bytes_written)}. (From {foreseen['basis']}.)[/]",
             soft_wrap=True,
         )

@@ -131,7 +131,9 @@ def test_students_of_the_home_are_compared(made: tuple[Path, dict[str, Any]]) ->
 
 def test_plan_status_and_a_second_run(made: tuple[Path, dict[str, Any]]) -> None:
     root, ran = made
-    planned = answer("plan", home=root)["shards"]
+    plan = answer("plan", home=root)
+    planned = plan["shards"]
+    assert plan["then"] == [] and "Then " not in distill("plan", home=root).stdout
     assert {
         "shard",
         "state",

@@ -158,7 +158,10 @@ class _Walk:
     def only(self, asset: str) -> None:
         records.observe_shards(self.instance, self.states)
         if stale := self.states.stale_inputs(asset):
-            raise StaleInputs(f"{asset} reads {stale[0]}, which is not up to date; `distill run` brings all up to date")
+            raise StaleInputs(
+                f"{asset} reads {stale[0]}, which is not up to date; `distill run --only {stale[0]}` makes that first, "
+                "`distill run` everything"
+            )
         if asset == "tokenizer_compatibility":
             self._check_tokenizers()
         elif asset == "teacher_capture":
@@ -224,8 +227,12 @@ class _Walk:
             self.report.checks[evaluation.check_name] = {"passed": evaluation.passed, "found": found}
             if not evaluation.passed:
                 self.on_step(f"{evaluation.severity.value.lower()}: {evaluation.check_name} failed: {found}")
-        if not result.success:
-            self.on_step(f"a check could not be made; run {result.run_id[:8]} in the web UI says why")
+        names = {c.op.name: key.name for c in chosen for key in c.check_keys}
+        for event in result.all_events:
+            if event.is_step_failure:
+                name, found = names[str(event.step_key)], f"it could not be made ({_cause(event)})"
+                self.report.checks[name] = {"passed": False, "found": found}
+                self.on_step(f"{name}: {found}")
 
     def _capture_one(self, shard: Shard, why: str) -> None:
         self.on_step(f"teacher_capture {shard.key} ({why})")
@@ -326,6 +333,15 @@ class _Walk:
             self.report.evaluation = {name: overall[name] for name in ("n_rows", "n_positions", "models")}
             self.report.summary = record["summary"]
             self.report.report = str(students.report_folder / HTML_FILE)
+
+
+def _cause(failure: dg.DagsterEvent) -> str:
+    """What ended a step, in a line: of its chain of errors the first that is not Dagster's, without its kind."""
+    error = failure.step_failure_data.error
+    while error and error.cause and (error.cls_name or "").startswith("Dagster"):
+        error = error.cause
+    lines = error.message.strip().splitlines() if error else []
+    return lines[0].partition(": ")[2] or lines[0] if lines else "for no reason given"
 
 
 def _why(plan: ShardPlan) -> str:

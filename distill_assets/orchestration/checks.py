@@ -12,6 +12,7 @@ from distill_assets.foundation.home import find_home
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.assets import GPU_POOL, PROCESS, capture_catalog, student_evaluation, teacher_capture
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.progress import progress_of
 from distill_assets.orchestration.students import StudentSide
 from distill_assets.teacher_capture.checks import check_aligned, check_complete
 
@@ -62,7 +63,8 @@ def capture_is_complete(context: dg.AssetCheckExecutionContext, config: ShardsCo
     pipeline = Pipeline(find_home())
     shards, missing = _looked_at(context, config, pipeline)
     captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
-    report = check_complete(pipeline.spec, [(pipeline.shards[key], captures[key]) for key in shards])
+    captured = [(pipeline.shards[key], captures[key]) for key in shards]
+    report = check_complete(pipeline.spec, captured, progress_of(context))
     problems = [*report.problems, *(f"shard {key} has no current capture" for key in missing)]
     said = problems[0] if problems else f"{report.rows:,} rows are those of {_shards(report.captures)}"
     return _result(not problems, ERROR, said, metadata.of_complete(report, problems))
@@ -77,7 +79,8 @@ def capture_is_aligned(context: dg.AssetCheckExecutionContext, config: ShardsCon
     pipeline = Pipeline(find_home())
     shards, _ = _looked_at(context, config, pipeline)
     try:
-        report = check_aligned([e.capture for e in pipeline.entries if e.capture.shard in shards])
+        captures = [e.capture for e in pipeline.entries if e.capture.shard in shards]
+        report = check_aligned(captures, progress_of(context))
     except CaptureError as error:
         return _result(False, WARN, str(error), {})
     before, here, after = report.rates
@@ -107,7 +110,7 @@ def capture_is_faithful(context: dg.AssetCheckExecutionContext, config: Faithful
     from distill_assets.teacher_capture.faithful import check_faithful  # and torch, which takes seconds
 
     try:
-        report = check_faithful(pipeline.spec, captures, config.device)
+        report = check_faithful(pipeline.spec, captures, config.device, progress_of(context))
     except CaptureError as error:
         return _result(False, ERROR, str(error), {})
     said = (

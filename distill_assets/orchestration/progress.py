@@ -23,7 +23,7 @@ def shown_by(listener: ProgressListener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def progress_of(context: dg.AssetExecutionContext) -> ProgressListener:
+def progress_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> ProgressListener:
     """A listener that logs at most one line in LOG_SECONDS, and the last one."""
     logged = {"at": time.monotonic()}
 

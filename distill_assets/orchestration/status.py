@@ -10,7 +10,7 @@ from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from distill_assets.student_evaluation.identity import HTML_FILE
 from distill_assets.student_model.identity import StudentKind
-from distill_assets.student_model.saving import read_student
+from distill_assets.student_model.saving import StudentRecord, read_student
 from distill_assets.teacher_capture.plan import CapturePlan
 
 AssetState = Literal["current", "stale", "missing", "failed", "off"]
@@ -55,6 +55,46 @@ class HomeStatus:
     capture_id: str
     shards: tuple[ShardStatus, ...]
     assets: tuple[AssetStatus, ...]
+
+
+@dataclass(frozen=True)
+class Following:
+    """An asset that a run would make after the captures; `last_seconds`: what the newest of its kind took to train,
+    None where none was, or nothing is trained.
+    """
+
+    asset: str
+    last_seconds: float | None = None
+
+
+def what_follows(pipeline: Pipeline, plan: CapturePlan) -> tuple[Following, ...]:
+    """What a run would make besides captures, in its order. No student while a shard cannot be captured."""
+    states = AssetStates(pipeline)
+    after = [asset for asset in INPUTS if asset != "teacher_capture"]
+    if any(shard.state == "failed" and not shard.is_to_capture for shard in plan.shards):
+        after = ["tokenizer_compatibility", "capture_catalog"]
+    changes = any(shard.is_to_capture or shard.state == "removed" for shard in plan.shards)
+    try:
+        todo = [asset for asset in after if _would_be_made(states, asset, changes)]
+    except DistillError:  # settings or data of which nothing can be made; a run says so
+        return ()
+    return tuple(Following(asset, _last_seconds(pipeline, asset)) for asset in todo)
+
+
+def _would_be_made(states: AssetStates, asset: str, captures_change: bool) -> bool:
+    if asset == "control_student" and not states.pipeline.settings.control:
+        return False
+    if captures_change and asset != "tokenizer_compatibility":
+        return True
+    return not states.is_current(asset)
+
+
+def _last_seconds(pipeline: Pipeline, asset: str) -> float | None:
+    if asset not in KINDS:
+        return None
+    records = [record for folder in pipeline.home.students.glob("*") if (record := _record(folder))]
+    of_kind = [record for record in records if record.spec.kind == KINDS[asset]]
+    return max(of_kind, key=lambda record: record.created).report.seconds if of_kind else None
 
 
 def home_status(pipeline: Pipeline) -> HomeStatus:
@@ -136,7 +176,10 @@ def _ever_made(pipeline: Pipeline, asset: str) -> bool:
     """Whether any version of the asset is there."""
     home = pipeline.home
     if asset in KINDS:
-        return any(_kind(folder) == KINDS[asset] for folder in home.students.glob("*"))
+        records = [_record(folder) for folder in home.students.glob("*")]
+        known = {record.spec.kind for record in records if record}
+        # One that cannot be read may be of either kind: of the one that is not there otherwise.
+        return KINDS[asset] in known or records.count(None) > (0 if known else 1)
     found = {
         "tokenizer_compatibility": lambda: home.tokenizer_report.exists(),
         "teacher_capture": lambda: any(pipeline.store.known_shards(i) for i in pipeline.store.capture_ids()),
@@ -146,9 +189,9 @@ def _ever_made(pipeline: Pipeline, asset: str) -> bool:
     return found[asset]()
 
 
-def _kind(folder: Path) -> StudentKind | None:
+def _record(folder: Path) -> StudentRecord | None:
     try:
-        return read_student(folder).spec.kind
+        return read_student(folder)
     except TrainingError:
         return None
 

@@ -9,6 +9,7 @@ Legend: P = supervised positions of a row, N = ids kept in the whole row.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, encoded_rows, supervised_positions
 from distill_assets.dataset_shards.rows import BadRow
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
+from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.teacher_capture.chunks import Cost, Figures
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import capture_row_groups, statistics_problem
@@ -43,13 +45,18 @@ class CompleteReport:
         return not self.problems
 
 
-def check_complete(spec: CaptureSpec, captured: Sequence[tuple[Shard, Capture]]) -> CompleteReport:
+def check_complete(
+    spec: CaptureSpec, captured: Sequence[tuple[Shard, Capture]], on_progress: ProgressListener = ignore_progress
+) -> CompleteReport:
     """Whether each capture holds the very rows and positions of its shard, in order, and its footer says so.
 
     Some rows are encoded, and one row group read, at a time; a shard's first problem is told.
     """
     problems, rows, positions = [], 0, 0
-    for shard, capture in captured:
+    began = time.monotonic()
+    for done, (shard, capture) in enumerate(captured):
+        seconds = time.monotonic() - began
+        on_progress(Progress("captures compared with shards", done, len(captured), "shards", seconds, shard.key))
         try:
             parts = _compared(spec, shard, capture)
         except SHARD_FAILURES as error:
@@ -155,12 +162,21 @@ def _is_more(hits: int, others: int) -> bool:
     return math.erfc(z / math.sqrt(2)) < _SIGNIFICANCE
 
 
-def check_aligned(captures: Sequence[Capture]) -> AlignedReport:
+def check_aligned(captures: Sequence[Capture], on_progress: ProgressListener = ignore_progress) -> AlignedReport:
     """Whether position t tells of token t + 1, by what a teacher is good at: guessing it.
 
     CaptureError when a file is damaged.
     """
-    return count_aligned(row for capture in captures for group in capture_row_groups(capture.path) for row in group)
+    began = time.monotonic()
+
+    def rows() -> Iterator[CapturedRow]:
+        for done, capture in enumerate(captures):
+            seconds = time.monotonic() - began
+            on_progress(Progress("guesses counted", done, len(captures), "captures", seconds, capture.shard))
+            for group in capture_row_groups(capture.path):
+                yield from group
+
+    return count_aligned(rows())
 
 
 def count_aligned(rows: Iterable[CapturedRow]) -> AlignedReport:

@@ -10,6 +10,7 @@ Legend: P = supervised positions of a row, N = ids kept in the whole row, V = re
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.redrawing import INEXPLICABLE
@@ -96,7 +98,9 @@ class FaithfulReport:
         return not self.failed
 
 
-def check_faithful(spec: CaptureSpec, captures: Sequence[Capture], device: str) -> FaithfulReport:
+def check_faithful(
+    spec: CaptureSpec, captures: Sequence[Capture], device: str, on_progress: ProgressListener = ignore_progress
+) -> FaithfulReport:
     """Score a sample of the captured rows again, alone and all in one batch, and compare with what is stored.
 
     The sample is the same for the same captures. Give captures of this very teacher. CaptureError when a
@@ -108,9 +112,20 @@ def check_faithful(spec: CaptureSpec, captures: Sequence[Capture], device: str) 
         return FaithfulReport(0, 0, 0, *[nothing] * 7)
     rows = [row for row, _ in sample]
     with teacher_in_turn(spec.weights, spec.dtype, device) as teacher:
-        alone = rescored_rows(teacher, [[row] for row in rows], spec.targets)
+        began = time.monotonic()
+        alone: list[Rescored] = []
+
+        def tell(done: int) -> None:
+            seconds = time.monotonic() - began
+            on_progress(Progress("rows scored again", done, 2 * len(rows), "rows", seconds))
+
+        for row in rows:
+            tell(len(alone))
+            alone += rescored_rows(teacher, [row], spec.targets)
+        tell(len(rows))
         pair = rows if len(rows) > 1 else rows * 2  # a batch of one is no batch
-        together = rescored_rows(teacher, [pair], spec.targets)[: len(rows)]
+        together = rescored_rows(teacher, pair, spec.targets)[: len(rows)]
+        tell(2 * len(rows))
         n_ids = teacher.n_real
     return _Comparison(spec, sample, alone, together, n_ids).report()
 

@@ -42,20 +42,17 @@ class Rescored:
 
 
 @torch.inference_mode()
-def rescored_rows(
-    teacher: Teacher, batches: Sequence[Sequence[CapturedRow]], settings: TargetSettings
-) -> list[Rescored]:
-    """The rows of all batches, one forward pass a batch; the head takes the positions of one row at a time."""
+def rescored_rows(teacher: Teacher, rows: Sequence[CapturedRow], settings: TargetSettings) -> list[Rescored]:
+    """The rows, in one forward pass; the head takes the positions of one row at a time."""
+    ids_BT = torch.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        _require_ids(row, teacher.n_real)
+        ids_BT[b, : len(row.input_ids)] = torch.from_numpy(row.input_ids.astype(np.int64))
+    hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
     scored = []
-    for rows in batches:
-        ids_BT = torch.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=torch.int64)
-        for b, row in enumerate(rows):
-            _require_ids(row, teacher.n_real)
-            ids_BT[b, : len(row.input_ids)] = torch.from_numpy(row.input_ids.astype(np.int64))
-        hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
-        for b, row in enumerate(rows):
-            positions_P = torch.from_numpy(row.targets.positions_P.astype(np.int64)).to(hidden_BTD.device)
-            scored.append(_rescored(teacher, row, hidden_BTD[b, positions_P], settings))
+    for b, row in enumerate(rows):
+        positions_P = torch.from_numpy(row.targets.positions_P.astype(np.int64)).to(hidden_BTD.device)
+        scored.append(_rescored(teacher, row, hidden_BTD[b, positions_P], settings))
     return scored
 
 

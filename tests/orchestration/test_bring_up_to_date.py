@@ -21,12 +21,14 @@ from distill_assets.foundation.errors import (
     UsageError,
 )
 from distill_assets.foundation.home import Home
+from distill_assets.foundation.progress import Progress
 from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.partitions import recorded_version, recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.progress import shown_by
 from distill_assets.orchestration.states import AssetStates
-from distill_assets.orchestration.status import home_status
+from distill_assets.orchestration.status import home_status, what_follows
 from tests import tiny
 from tests.bench import edit, put_back
 from tests.devices import DEVICES
@@ -225,10 +227,58 @@ def test_one_asset_only(fresh: Path) -> None:
     report = run(fresh, only="student_model")
     assert report.materialized == ["student_model"]
     tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2))
-    with pytest.raises(StaleInputs, match="student_model reads teacher_capture"):
+    with pytest.raises(
+        StaleInputs, match=r"student_model reads teacher_capture, .* `distill run --only teacher_capture`"
+    ):
         run(fresh, only="student_model")
     with pytest.raises(UsageError, match="choose one of: tokenizer_compatibility"):
         run(fresh, only="nothing")
+
+
+def test_the_plan_says_what_follows_the_captures(fresh: Path) -> None:
+    def following() -> list[tuple[str, bool]]:
+        pipeline = Pipeline(Home(fresh))
+        return [(f.asset, f.last_seconds is not None) for f in what_follows(pipeline, pipeline.plan())]
+
+    assert following() == []
+    edit(fresh, training={"seed": 8})
+    students = [("student_model", True), ("control_student", True), ("student_evaluation", False)]
+    assert following() == students
+    edit(fresh, control=False)
+    assert following() == [students[0], students[2]]
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2))
+    assert following() == [("capture_catalog", False), students[0], students[2]]
+    tiny.write_jsonl(shard(fresh, "s0"), [{"nothing": 1}])  # it leaves the catalog, and stops the students
+    assert following() == [("capture_catalog", False)]
+
+
+def test_a_check_that_cannot_be_made_says_why(fresh: Path) -> None:
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2, start=300))
+    settings = (fresh / "distill.yaml").read_text()
+    said: list[str] = []
+
+    def listen(line: str) -> None:
+        said.append(line)
+        if line.startswith("checks of"):
+            (fresh / "distill.yaml").write_text("teacher: [")
+        elif line == "capture_catalog":
+            (fresh / "distill.yaml").write_text(settings)
+
+    report = run(fresh, shards=["s0"], on_step=listen)
+    assert report.captured_shards == ["s0"] and report.catalog is not None
+    assert set(report.checks) == {"capture_is_complete", "capture_is_aligned", "capture_is_faithful"}
+    for check in report.checks.values():
+        assert not check["passed"] and "could not be made" in check["found"] and "distill.yaml" in check["found"]
+    assert sum("could not be made" in line for line in said) == 3
+
+
+def test_checks_tell_how_far_they_are(fresh: Path) -> None:
+    tiny.write_jsonl(shard(fresh, "s0"), tiny.example_rows(2, start=300))
+    steps: list[Progress] = []
+    with shown_by(steps.append):
+        run(fresh, shards=["s0"])
+    assert {"captures compared with shards", "guesses counted", "rows scored again"} <= {step.step for step in steps}
+    assert [(s.done, s.total) for s in steps if s.step == "rows scored again"] == [(0, 4), (1, 4), (2, 4), (4, 4)]
 
 
 def test_without_a_control(fresh: Path) -> None:

@@ -95,6 +95,10 @@ def test_a_student_of_other_settings_is_stale_and_a_damaged_one_says_so(bench: B
     (root / "students" / str(student.version) / "distillation.json").write_text("{")
     damaged = assets(root)["student_model"]
     assert damaged.state == "failed" and "damaged" in damaged.reason
+    assert assets(root)["control_student"].reason == "never made"  # the one that is there need not be it
+    (root / "students" / ("0" * 16)).mkdir()
+    assert assets(root)["control_student"].reason == "settings or data changed since"
+    (root / "students" / ("0" * 16)).rmdir()
 
     StudentSide(Pipeline(bench.home)).train("student", device="cpu", force=True)
     settings = root / "distill.yaml"

@@ -9,14 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.faithful import check_faithful
 from distill_assets.teacher_capture.interchange import export_jsonl
-from distill_assets.teacher_capture.plan import plan_capture
 from distill_assets.teacher_capture.store import read_rows
 from distill_assets.teacher_capture.teacher import load_teacher
 from tests import tiny
@@ -153,20 +151,6 @@ def test_drawn_targets_serve_nobody_and_are_served_by_nobody(tmp_path: Path, tea
     capture(bench_of(tmp_path, teacher_folder, {"k": 320, "precision": "exact"}))
     other = {"sampled": {"samples": 8}, "threshold": {"tau": 0.2}}.get(kind, {"k": 4})
     assert capture(bench_of(tmp_path, teacher_folder, {**KINDS[kind], **other})).capture.stats.rows_captured == 6
-
-
-@pytest.mark.parametrize(
-    ("kind", "n_bytes"),  # 8, and 2.2 an id, 4 a weight, 4 a tail sample
-    [("sampled", 8 + 10 * 6.2), ("threshold", 8 + (1 / 0.03 + 2) * 6.2), ("tail samples", 8 + 6 * 2.2 + 3 * 4)],
-)
-def test_a_first_plan_allows_for_all_that_may_be_kept(
-    tmp_path: Path, teacher_folder: Path, kind: str, n_bytes: float
-) -> None:
-    bench = bench_of(tmp_path, teacher_folder, KINDS[kind])
-    found = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
-    assert f"at most {n_bytes:.0f} bytes a scored position" in plan_capture(bench.spec, found, bench.store, ()).basis
-    kept = np.concatenate([row.targets.kept_P for row in read_rows(capture(bench).capture.path)])
-    assert kept.max() <= {"sampled": 10, "threshold": 1 / 0.03 + 2, "tail samples": 6}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
