@@ -326,9 +326,27 @@ def show_run(report: RunReport) -> None:
             out.print(f"[yellow]{name} failed:[/] {escape(check['found'])}", soft_wrap=True)
     if report.summary:
         out.print()
-        show_rows(tuple(report.summary[0]), [tuple(row.values()) for row in report.summary])
+        out.print(evaluation_table(report.summary, out.width))
     if report.student_id:
         out.print(f"\nStudent {report.student_id}" + (f", report {report.report}" if report.report else ""))
+
+
+def evaluation_table(summary: Sequence[Mapping[str, str]], width: int) -> Table:
+    """A line a figure and a column a model, whose rows `summary` has; where that is too wide for `width` characters,
+    intervals stand below their figures.
+    """
+    label, *figures = summary[0]
+    cells = [[row[name] for row in summary] for name in figures]
+    widths = [max(map(cell_len, column)) for column in zip([row[label] for row in summary], *cells, strict=True)]
+    if max(map(cell_len, figures)) + sum(widths) + GAP * len(widths) > width:
+        cells = [[text.replace(" [", "\n[") for text in line] for line in cells]
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column("", overflow="fold")
+    for row in summary:
+        table.add_column(row[label], justify="right", no_wrap=True)
+    for name, line in zip(figures, cells, strict=True):
+        table.add_row(Text(name), *map(Text, line))
+    return table
 
 
 def show_comparison(comparison: Comparison) -> None:

@@ -96,6 +96,20 @@ def test_status_says_why_only_where_something_is_not_current(width: int) -> None
     assert shown[0].endswith("why") and shown[2].endswith("teacher_capture is not current")
 
 
+def test_figures_of_models_fit_the_terminal_and_lose_nothing() -> None:
+    figures = {
+        "Perplexity": "216,435 [169,679, 277,940]",
+        "KL from teacher, dense (nats a position)": "8.5 [8.33, 8.75]",
+    }
+    summary = [{"model": name, **figures} for name in ("untrained", "student", "control", "teacher")]
+    for width in (80, 160):
+        lines = lines_of(terminal.evaluation_table(summary, width), width)
+        words = " ".join(lines).split()
+        assert lines[0].split() == ["untrained", "student", "control", "teacher"]
+        assert words.count("216,435") == words.count("277,940]") == words.count("8.5") == 4
+    assert len(lines) == 3  # a line a figure where there is room
+
+
 def test_one_is_singular_whichever_form_the_unit_came_in() -> None:
     assert [terminal.counted(n, unit) for n in (0, 1, 1200) for unit in ("step", "steps")] == [
         "0 steps", "0 steps", "1 step", "1 step", "1,200 steps", "1,200 steps",

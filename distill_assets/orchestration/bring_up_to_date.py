@@ -202,7 +202,7 @@ class _Walk:
         candidates = self.pipeline.discovery.shards if self.force else plan.todo
         for shard in candidates:
             if shard.key in planned:
-                self._capture_one(shard, _why(planned[shard.key]))
+                self._capture_one(shard, "forced: all rows" if self.force else _why(planned[shard.key]))
         self.report.estimate = _estimate(plan, self.report.captured_shards)
         self.pipeline.forget_captures()
         self.states = AssetStates(self.pipeline)
