@@ -21,6 +21,7 @@ from distill_assets.tokenizer_compatibility.compare import TokenizerSide, compar
 from distill_assets.tokenizer_compatibility.definition import BYTE_ALPHABET
 
 State = dict[str, Any]
+NEVER = {"type": "Replace", "pattern": {"Regex": "(?!)"}, "content": "x"}  # what matches nothing
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
         "two ids swapped": swap_ids,
         "a merge moved": move_merge,
         "NFC": lambda state: state.update(normalizer={"type": "NFC"}),
+        "a rule that no text shows": lambda state: state.update(normalizer=NEVER),
     }
     results = []
     for name, change in changes.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TRIED = 500  # differing ids, and merges of each kind, whose text is tried as a probe
+_AT_ONCE = 20_000  # of the tokens that are tried as texts of their own
+_ILLUSTRATING = 100_000  # of those, where no text could make the verdict better
 _PLAIN = Spelling(byte_level=False, byte_tokens=False, space=None, continuation=None)
 
 
@@ -167,13 +169,22 @@ class Pair:
     def encoded(self) -> list[tuple[str, list[int], list[int]]]:
         """(text, teacher's ids, student's ids) of all that was tried.
 
-        Where rules are open, or in code, and the texts at hand show no difference, many more are tried.
+        Where rules are open, or in code, and the texts at hand show no difference, many more are tried, until
+        some show one.
         """
         encoded = self._encode(self._texts_at_hand())
-        found = any(self._disagree(teacher, student) for _, teacher, student in encoded)
-        if not found and (self.open_parts or (self.rules is None and not self._same_code)):
-            encoded += self._encode(self._many_texts())
+        if self._shows_a_difference(encoded):
+            return encoded
+        if self.open_parts or (self.rules is None and not self._same_code):
+            for texts in self._many_texts():
+                more = self._encode(texts)
+                encoded += more
+                if self._shows_a_difference(more):
+                    break
         return encoded
+
+    def _shows_a_difference(self, encoded: Sequence[tuple[str, list[int], list[int]]]) -> bool:
+        return any(self._disagree(teacher, student) for _, teacher, student in encoded)
 
     @property
     def _same_code(self) -> bool:
@@ -202,16 +213,23 @@ class Pair:
     def _told_by_merges(self) -> list[str]:
         if not any(part.part == "merges" for part in self.open_parts):
             return []
-        merges = [self._merges(side) for side in (self.teacher, self.student)]
-        return telling_texts(merges[0], merges[1], _TRIED)
+        teacher, student = (self._merges(side) for side in (self.teacher, self.student))
+        return [] if teacher == student else telling_texts(teacher, student, _TRIED)
 
     def _merges(self, side: TokenizerSide) -> list[Merge]:
         return self.rules.merges(side.definition) if self.rules and side.definition else []
 
-    def _many_texts(self) -> list[str]:
-        """Every character, every token, and tokens beside each other."""
-        tokens = [self.teacher.bytes_of(i).decode("utf-8", "ignore") for i in sorted(self.teacher.tokens)]
-        return [*each_character(), *tokens, *side_by_side(tokens)]
+    def _many_texts(self) -> Iterator[list[str]]:
+        """Every character, tokens beside each other, and tokens, some thousands at a time: every one where texts
+        decide, and where they only illustrate what blocks anyway, enough of a large vocabulary.
+        """
+        yield list(each_character())
+        step = 1 if self.rules is None else 1 + len(self.teacher.tokens) // _ILLUSTRATING
+        ids = sorted(self.teacher.tokens)[::step]
+        tokens = [self.teacher.bytes_of(i).decode("utf-8", "ignore") for i in ids]
+        yield side_by_side(tokens)
+        for start in range(0, len(tokens), _AT_ONCE):
+            yield tokens[start : start + _AT_ONCE]
 
     def _differs(self, text: str) -> bool:
         [teacher], [student] = self.teacher.encode([text]), self.student.encode([text])
