@@ -336,6 +336,7 @@ def import_(
     with terminal.progress_bar() as bar:
         done = pipeline.import_jsonl(source, shard, shifted=rows == "shifted", replace=replace, on_progress=bar.show)
     stats = done.capture.stats
+    terminal.warn_of_other_ids(shard, done)
     if as_json:
         print_json(
             {
@@ -348,7 +349,7 @@ def import_(
                 "written": done.written,
                 "dropped_last": done.dropped_last,
                 "dropped_unsupervised": done.dropped_unsupervised,
-                "next_token_hit_rate": done.aligned.rates[1],
+                "next_token_hit_rate": done.aligned.rates[1] if done.aligned.positions else None,
             }
         )
     else:
