@@ -89,7 +89,7 @@ class ForeignRows:
         if isinstance(encoded, BadRow):
             raise _Refused(encoded.reason)
         if encoded.truncated:
-            raise _Refused(f"it has {len(ids)} tokens, more than data.max_length ({len(encoded.input_ids)})")
+            raise _Refused(f"it has {len(ids)} tokens, more than data.max_length ({len(encoded.input_ids)}); raise it")
         positions_P = self._scored(filled_T, encoded)
         own = {key: values[key] for key in OWN_KEYS if key in values}
         return ForeignRow(
