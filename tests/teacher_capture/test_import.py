@@ -201,6 +201,9 @@ def test_an_edited_shard_fails_until_it_is_imported_or_let_go(bench: Bench) -> N
     plan = planned(bench, "s0")
     assert plan.state == "failed" and not plan.is_to_capture
     assert "not what was imported: line 4 of " in plan.reason and "import it again" in plan.reason
+    lists = {"topk_ids": [[8], [9], []], "topk_logprobs": [[HALF], [HALF], []]}
+    import_lines(bench, [*lines(), {"input_ids": [7, 8, 9], **lists}], "other")
+    assert planned(bench, "s0").state == "failed"  # what another name was imported with is not its own
     for options in ({}, {"force": True}):
         with pytest.raises(PinnedCapture, match="not what was imported"):
             capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", **options)  # type: ignore[arg-type]
@@ -356,6 +359,8 @@ def test_another_tokenizer_makes_an_import_unusable(bench: Bench, tmp_path: Path
     file.write_text(file.read_text().replace(str(bench.home.settings().teacher.model), str(other)))
     assert planned(bench, "s0").state == "failed"
     assert "imported with another tokenizer" in planned(bench, "s0").reason
+    edit_lines(bench.shards["s0"].path, EDITS["order"])
+    assert "imported, but with another tokenizer" in planned(bench, "s0").reason
 
 
 def test_what_was_cut_off_between_capture_and_shard_is_finished_by_the_next_import(bench: Bench) -> None:
