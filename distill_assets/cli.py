@@ -298,23 +298,32 @@ def sql(
 def export(
     out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
     shard: Annotated[list[str] | None, typer.Option(help="Only this shard.")] = None,
+    encoded: Annotated[
+        bool, typer.Option("--encoded", help="Not captures, but the rows' ids and mask, for another engine to score.")
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write current captures as JSONL, one example a line."""
-    from distill_assets.teacher_capture.interchange import export_jsonl
+    from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl
 
     pipeline = _pipeline(find_home(home))
     present = {s.key for s in pipeline.discovery.shards} | {problem.key for problem in pipeline.discovery.problems}
     if unknown := [name for name in shard or [] if name not in present]:
         raise UsageError(f"there is no shard {unknown[0]}; `distill plan` lists them")
-    captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
-    if not captures:
-        raise StaleInputs("nothing is captured yet; `distill run` captures")
-    wanted = shard or sorted(captures)
-    if missing := [name for name in wanted if name not in captures]:
-        raise StaleInputs(f"shard {missing[0]} has no current capture; `distill plan` says why")
-    rows = export_jsonl([captures[name] for name in wanted], out)
+    if encoded:
+        wanted = shard or sorted(present)
+        if not wanted:
+            raise StaleInputs("there is no shard to encode; put a file where data.shards of distill.yaml looks")
+        rows = export_encoded([pipeline.shard(name) for name in wanted], pipeline.spec.encoder, out)
+    else:
+        captures = {entry.capture.shard: entry.capture for entry in pipeline.entries}
+        if not captures:
+            raise StaleInputs("nothing is captured yet; `distill run` captures")
+        wanted = shard or sorted(captures)
+        if missing := [name for name in wanted if name not in captures]:
+            raise StaleInputs(f"shard {missing[0]} has no current capture; `distill plan` says why")
+        rows = export_jsonl([captures[name] for name in wanted], out)
     if as_json:
         print_json({"rows": rows, "path": str(out)})
     else:
@@ -346,6 +355,7 @@ def import_(
     with terminal.progress_bar() as bar:
         done = pipeline.import_jsonl(source, shard, shifted=rows == "shifted", replace=replace, on_progress=bar.show)
     stats = done.capture.stats
+    terminal.warn_of_other_ids(shard, done)
     if as_json:
         print_json(
             {
@@ -358,7 +368,7 @@ def import_(
                 "written": done.written,
                 "dropped_last": done.dropped_last,
                 "dropped_unsupervised": done.dropped_unsupervised,
-                "next_token_hit_rate": done.aligned.rates[1],
+                "next_token_hit_rate": done.aligned.rates[1] if done.aligned.positions else None,
             }
         )
     else:

@@ -380,18 +380,34 @@ def show_removals(report: GarbageReport) -> None:
 
 
 def show_import(shard: str, done: ImportReport) -> None:
-    """What was imported, and what of the file was left out."""
-    stats = done.capture.stats
+    """What was imported, how well it guesses its own tokens, and what of the file was left out."""
+    stats, found = done.capture.stats, done.aligned
     if not done.written:
         out.print(escape(f"Shard {shard} holds this very content already; nothing was done."), soft_wrap=True)
         return
     counts = f"{counted(stats.rows, 'row')}, {counted(stats.supervised_tokens, 'scored position')}"
     out.print(escape(f"Imported {counts} as shard {shard} ({done.shard_file})."), soft_wrap=True)
+    if found.positions:
+        out.print(
+            f"The likeliest id is the next token at {found.rates[1]:.1%} of {counted(found.positions, 'position')}."
+        )
     if done.dropped_last:
         out.print(f"Left out: the last position of {counted(done.dropped_last, 'row')}; no token comes after it.")
     if done.dropped_unsupervised:
         positions = counted(done.dropped_unsupervised, "position")
         out.print(f"Left out: {positions} whose next token loss_mask does not mark.")
+
+
+def warn_of_other_ids(shard: str, done: ImportReport) -> None:
+    """Say so where the imported distributions have next to nothing to do with the tokens beside them."""
+    if done.guesses_nothing:
+        positions = counted(done.aligned.positions, "position")
+        err.print(
+            f"[bold yellow]warning:[/] the likeliest id is the next token at {done.aligned.rates[1]:.1%} of {positions}"
+            f" of shard {escape(shard)}, which is what ids of another tokenizer look like.\nThe ids must be those of"
+            " the tokenizer of teacher.model; if they are not, remove the shard's file, or import right ones with"
+            " --replace."
+        )
 
 
 def show_next_steps(home: Home, is_default: bool) -> None:

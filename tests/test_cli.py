@@ -179,8 +179,29 @@ def test_import_takes_what_export_wrote(fresh: Path, tmp_path: Path) -> None:
     assert {p["shard"]: p["state"] for p in answer("plan", home=fresh)["shards"]}["elsewhere"] == "current"
     message = refusal("import", source, "--shard", "short", "--rows", "shifted", home=fresh)
     assert "s1.jsonl line 1: topk_ids has" in message and "with --rows shifted\nnothing was imported" in message
-    assert "contains a slash" in refusal("import", source, "--shard", "a/b", home=fresh, code=2)
+    assert "a key is a plain name" in refusal("import", source, "--shard", "../evil", home=fresh, code=2)
     assert "import with --replace" in answer("import", source, "--shard", "s0", home=fresh, code=1)["error"]
+
+
+def test_import_says_how_often_the_likeliest_id_is_the_next_token(home: Path, tmp_path: Path) -> None:
+    def rows(shift: int) -> list[dict[str, Any]]:
+        """30 rows of 6 tokens; each list's likeliest id is the next token, or so many ids above it."""
+        tokens = [[10 + i, 80 + i, 150 + i, 220 + i, 11 + i, 81 + i] for i in range(30)]
+        lists = {"topk_logprobs": [[-0.5]] * 5 + [[]]}
+        return [{"input_ids": ids, "topk_ids": [*([i + shift] for i in ids[1:]), []], **lists} for ids in tokens]
+
+    right = tiny.write_jsonl(tmp_path / "right.jsonl", rows(0))
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", rows(35))
+    shown = distill("import", right, "--shard", "mine", home=home)
+    assert "The likeliest id is the next token at 100.0% of 120 positions." in shown.stdout and not shown.stderr
+    warned = distill("import", other, "--shard", "mine", "--replace", "--json", home=home)
+    assert json.loads(warned.stdout)["next_token_hit_rate"] == 0.0
+    assert "warning:" in warned.stderr and "at 0.0% of 120 positions of shard mine" in warned.stderr
+    assert "ids of another tokenizer" in warned.stderr
+    few = tiny.write_jsonl(tmp_path / "few.jsonl", rows(35)[:24])  # 96 positions do not tell
+    assert not distill("import", few, "--shard", "few", home=home).stderr
+    short = [{"input_ids": [7, 8], "topk_ids": [[8], []], "topk_logprobs": [[-0.5], []]}]  # no token t + 2
+    assert answer("import", tiny.write_jsonl(few, short), "--shard", "short", home=home)["next_token_hit_rate"] is None
 
 
 def test_check_prints_the_verdict(made: tuple[Path, dict[str, Any]], tmp_path: Path, teacher_folder: Path) -> None:

@@ -89,12 +89,12 @@ def key_problem(key: str) -> str | None:
     """Why `key` cannot be a shard's key, or None. A key becomes a file name and a Dagster partition."""
     if not key:
         return "the key (the name without its ending) is empty"
+    if "/" in key or "\\" in key:
+        return f"the key {_printable(key)!r} contains a slash or backslash; a key is a plain name, no path"
     if key[0] in ". ":
         return f"the key {_printable(key)!r} begins with a {'dot' if key[0] == '.' else 'blank'}"
     if ".." in key:
         return f"the key {_printable(key)!r} contains '..'"
-    if "/" in key or "\\" in key:
-        return f"the key {_printable(key)!r} contains a slash or backslash"
     if any(character in key for character in "*?["):
         return f"the key {_printable(key)!r} contains *, ? or [, which file patterns give a meaning"
     if any(unicodedata.category(character) in _FORBIDDEN_CATEGORIES for character in key):

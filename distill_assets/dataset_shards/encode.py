@@ -230,9 +230,14 @@ def encode_shard(shard: Shard, encoder: Encoder) -> EncodedShard:
     return EncodedShard(tuple(rows), tuple(bad_rows), n_without_target, sum(row.truncated for row in rows))
 
 
+def place_in(shard: Shard, line: int) -> str:
+    """`line 17`; Parquet has rows, not lines."""
+    return f"{'row' if shard.path.suffix == '.parquet' else 'line'} {line}"
+
+
 def describe_bad_row(shard: Shard, bad: BadRow) -> str:
-    """`line 17: prompt without completion`; Parquet has rows, not lines."""
-    return f"{'row' if shard.path.suffix == '.parquet' else 'line'} {bad.line}: {bad.reason}"
+    """`line 17: prompt without completion`"""
+    return f"{place_in(shard, bad.line)}: {bad.reason}"
 
 
 def _bad_row_message(shard: Shard, bad_rows: Sequence[BadRow]) -> str:

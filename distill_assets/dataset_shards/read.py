@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -50,8 +51,8 @@ def _rows(path: Path, at_most: int | None) -> Iterator[Row | BadRow]:
 def read_json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """Yield (line number, decoded value) of every line of a JSONL file (plain, .gz, .zst) that is not blank.
 
-    In place of a line that is no JSON stands a BadRow that says why. Raises UnreadableFile when the file is
-    gone or damaged.
+    In place of a line that is no JSON, or of which an object has a key twice, stands a BadRow that says why. Raises
+    UnreadableFile when the file is gone or damaged.
     """
     with _reading(path):
         for line, content in _lines(path):
@@ -96,13 +97,25 @@ def _decode(content: bytes) -> str:
         ) from None
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError for a key that it has twice: a dict would keep the last in silence."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"it has the key {twice[:40]!r} more than once")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # one for all lines: to make it takes longer than to read one
+
+
 def _parse_json(line: int, content: bytes) -> object:
     try:
-        return json.loads(_decode(content))
+        return _DECODER.decode(_decode(content))
     except json.JSONDecodeError as error:
         cut = "" if content.endswith(b"\n") else "; the file ends in this line without a line break: is it cut off?"
         return BadRow(line, f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1}){cut}")
-    except ValueError as error:  # not UTF-8, or a number of thousands of digits
+    except ValueError as error:  # not UTF-8, a key twice, or a number of thousands of digits
         return BadRow(line, str(error))
     except RecursionError:
         return BadRow(line, "not a row: nested too deeply")

@@ -112,18 +112,25 @@ def _chat(values: Mapping[str, Any]) -> Chat:
     messages = values["messages"]
     if not isinstance(messages, list) or not messages:
         raise _Refused("messages must be a list of at least one {role, content}")
-    return Chat(tuple(_message(f"messages[{i}]", message) for i, message in enumerate(messages)))
+    return Chat(tuple(_message(i, message) for i, message in enumerate(messages)))
 
 
-def _message(where: str, message: object) -> Message:
+def _message(i: int, message: object) -> Message:
     if not isinstance(message, Mapping):
-        raise _Refused(f"{where} must be an object with role and content, not {_kind(message)}")
-    role = message.get("role")
+        raise _Refused(f"messages[{i}] must be an object with role and content, not {_kind(message)}")
+    try:  # its place is put into words only where something is wrong: that takes longer than to look
+        return _message_of(message)
+    except _Refused as refused:
+        raise _Refused(f"messages[{i}]: {refused}") from None
+
+
+def _message_of(values: Mapping[str, Any]) -> Message:
+    role = values.get("role")
     if role not in ROLES:
-        raise _Refused(f"{where}: role is {role!r}; allowed are {', '.join(ROLES)}")
-    if message.get("tool_calls"):  # dropping it would leave a conversation that never took place
-        raise _Refused(f"{where}: tool_calls are not supported; write the call into content")
-    return Message(role, _string(f"{where}: content", message.get("content")))
+        raise _Refused(f"role is {role!r}; allowed are {', '.join(ROLES)}")
+    if values.get("tool_calls"):  # dropping it would leave a conversation that never took place
+        raise _Refused("tool_calls are not supported; write the call into content")
+    return Message(role, _string("content", values.get("content")))
 
 
 def _ids(values: Mapping[str, Any]) -> Ids:

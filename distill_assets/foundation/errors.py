@@ -65,6 +65,10 @@ class PinnedCapture(CaptureError):
     """A shard was imported, but its imported capture does not fit it as it is now. The teacher must not stand in."""
 
 
+class EditedImport(PinnedCapture):
+    """A shard was imported, but with other content than it has now: its rows may have been imported all the same."""
+
+
 # What is wrong with one shard and says nothing about the others.
 SHARD_FAILURES = (ShardError, UnreadableFile, CaptureError)
 

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, describe_bad_row, encode_shard
+from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
 from distill_assets.foundation.devices import resolve_device
-from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, OutOfMemory
+from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, EditedImport, OutOfMemory
 from distill_assets.foundation.files import alone
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -29,6 +29,7 @@ from distill_assets.teacher_capture.chunks import (
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.imported import copy_imported
 from distill_assets.teacher_capture.reuse import Place, captured_rows, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
@@ -59,13 +60,19 @@ def capture_shard(
     Rows already captured under this identity, in whichever file, are copied; the teacher is loaded
     only if a row is left for it. `force` recaptures every row, but for chunks that a killed forced run finished;
     a damaged capture is made again; an imported
-    one stands whatever is asked, and PinnedCapture is raised where it does not fit the shard. What is
+    one stands whatever is asked, is written anew for a shard that was edited but whose rows were all imported, and
+    PinnedCapture is raised where it does not fit the shard. What is
     wrong with the shard is recorded in the store under this content and raised; anything else (a device,
     a full disk) only raised. The file appears whole or not at all; a killed run goes on from its last
     finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
-    if current := store.pinned(spec, shard) or (None if force else _current(spec, shard, store)):
+    try:
+        pinned = store.pinned(spec, shard)
+    except EditedImport:
+        encoded = encode_shard(shard, spec.encoder)
+        return CaptureReport(copy_imported(spec, shard, store, encoded), True, _bad_rows(shard, encoded))
+    if current := pinned or (None if force else _current(spec, shard, store)):
         return CaptureReport(current, written=False)
     with alone(store.lock(*name)):  # two processes on one shard version would work in one folder of chunks
         if not force and (current := _current(spec, shard, store)):
@@ -137,9 +144,11 @@ def _capture(
         footer = _footer(spec, shard) | {"derived_from": finished.derived_from(chunks)}
         file.describe(footer, total_stats(finished.figures(chunks), len(encoded.bad_rows), encoded.n_without_target))
     finished.clear()
-    return CaptureReport(
-        read_capture(file.path), written=True, bad_rows=tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
-    )
+    return CaptureReport(read_capture(file.path), True, _bad_rows(shard, encoded))
+
+
+def _bad_rows(shard: Shard, encoded: EncodedShard) -> tuple[str, ...]:
+    return tuple(describe_bad_row(shard, bad) for bad in encoded.bad_rows)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Needed are the current captures, and whatever a capture that is still to be made would copy rows from:
 files that hold rows of a shard without a current capture. Of imported captures those whose content a shard
-has, whatever its name is now. Links are never followed.
+has, whatever its name is now, and those of a shard that was edited. Links are never followed.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class Needs:
         self._contents = {(shard.key, shard.version[:SHORT]) for shard in discovery.shards}
         self._current = {store.path_of(spec.capture_id, shard.key, shard.version) for shard in discovery.shards}
         self._versions = {version for _, version in self._contents}
-        self._unreadable = {problem.key for problem in discovery.problems}
-        self._to_copy_from = self._files_to_copy_from(self._unreadable)
+        unreadable = {problem.key for problem in discovery.problems}
+        self._to_look_into = unreadable | {shard.key for shard in self._uncaptured}
+        self._to_copy_from = self._files_to_copy_from(unreadable)
         self._to_go_on_from = {store.unfinished(spec.capture_id, s.key, s.version) for s in self._uncaptured}
 
     def is_current(self, item: Item) -> bool:
@@ -113,7 +114,7 @@ class Needs:
         if item.kind == "failure":
             return item.capture_id == self._spec.capture_id and (item.shard, item.version) in self._contents
         if item.is_imported:
-            pinned = item.version in self._versions or item.shard in self._unreadable
+            pinned = item.version in self._versions or item.shard in self._to_look_into
             return item.kind == "stranger" or (item.kind == "capture" and pinned)
         if item.kind == "capture":
             return self.is_current(item) or item.path in self._to_copy_from

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from distill_assets.dataset_shards.encode import EncodedRow, Encoder
 from distill_assets.dataset_shards.rows import BadRow, Ids, parse_row
 from distill_assets.teacher_capture.sparse_targets import LEAST_MASS, MOST_MASS, SparseTargets
+from distill_assets.teacher_capture.target_rules import LOWEST_CODE
 
 NEEDED = ("input_ids", "topk_ids", "topk_logprobs")
 OWN_KEYS = ("input_ids", "loss_mask", "id", "weight")  # what the shard's own row has
@@ -30,6 +31,8 @@ _ASCENT = 1e-6  # nats that an id may be likelier than the one before it
 _NO_MASS = 1e-6  # less than this is what float32 log-probabilities are off one, and no tail
 _LOWEST = float(np.finfo(np.float16).min)  # tail and gold are stored as float16
 _ENTROPY_OFF = 0.05  # nats that a rounded entropy may exceed that of the uniform distribution
+_GOLD_OFF = 1 / 8  # nats between two accounts of one token: each rounded to a decimal, or to a step of bfloat16 logits
+_GOLD_OFF_RELATIVE = 1 / 128  # of their size besides: two roundings to bfloat16
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class ForeignRows:
         if isinstance(encoded, BadRow):
             raise _Refused(encoded.reason)
         if encoded.truncated:
-            raise _Refused(f"it has {len(ids)} tokens, more than data.max_length ({len(encoded.input_ids)})")
+            raise _Refused(f"it has {len(ids)} tokens, more than data.max_length ({len(encoded.input_ids)}); raise it")
         positions_P = self._scored(filled_T, encoded)
         own = {key: values[key] for key in OWN_KEYS if key in values}
         return ForeignRow(
@@ -150,18 +153,22 @@ class ForeignRows:
         mass_P = np.add.reduceat(np.exp(logprobs_N), offsets_P1[:-1])
         _require_mass(mass_P, 0.0, at.one_each)
 
+        tail_P = self._tail(values, mass_P, at, len(input_ids))
+        kept_gold_P = np.full(len(positions_P), np.nan)
+        is_gold_N = ids_N == input_ids[positions_P + 1][at.slot_N]
+        kept_gold_P[at.slot_N[is_gold_N]] = logprobs_N[is_gold_N]
         gold_P = self._given("gold_logprob", values, at.one_each, len(input_ids))
         if gold_P is None:
-            gold_P = np.full(len(positions_P), np.nan)
-            is_gold_N = ids_N == input_ids[positions_P + 1][at.slot_N]
-            gold_P[at.slot_N[is_gold_N]] = logprobs_N[is_gold_N]
+            gold_P = kept_gold_P
+        gold_P = _at_most_zero("gold_logprob", gold_P, at.one_each)
+        _require_same_gold(gold_P, kept_gold_P, tail_P, input_ids[positions_P + 1], at.one_each)
         return SparseTargets(
             positions_P=positions_P,
             offsets_P1=offsets_P1,
             support_ids_N=ids_N.astype(np.int32),
             support_logprobs_N=logprobs_N.astype(np.float32),
-            tail_logprob_P=self._tail(values, mass_P, at, len(input_ids)).astype(np.float32),
-            gold_logprob_P=np.maximum(_at_most_zero("gold_logprob", gold_P, at.one_each), _LOWEST).astype(np.float32),
+            tail_logprob_P=tail_P.astype(np.float32),
+            gold_logprob_P=np.maximum(gold_P, _LOWEST).astype(np.float32),
             entropy_P=self._entropy(values, at.one_each, len(input_ids)).astype(np.float32),
         )
 
@@ -285,4 +292,31 @@ def _require_mass(mass_P: NDArray[np.float64], least: float, at: _Places) -> Non
     at.refuse(
         (mass_P > MOST_MASS) | (mass_P < least),
         lambda p: f"{what} add up to a probability of {mass_P[p]:.3f}; it must be {allowed}",
+    )
+
+
+def _require_same_gold(
+    gold_P: NDArray[np.float64],
+    kept_gold_P: NDArray[np.float64],
+    tail_P: NDArray[np.float64],
+    gold_ids_P: NDArray[np.int32],
+    at: _Places,
+) -> None:
+    """The token that came has one log-probability: what is said of it alone must be what the kept ids say, or, where
+    it is not among them (NaN), fit into their tail. Below what the compact code reaches all are alike.
+    """
+    difference_P = np.abs(np.maximum(gold_P, LOWEST_CODE) - np.maximum(kept_gold_P, LOWEST_CODE))
+    at.refuse(
+        difference_P > _GOLD_OFF + _GOLD_OFF_RELATIVE * np.abs(kept_gold_P),
+        lambda p: (
+            f"gold_logprob is {gold_P[p]:g}, but topk_logprobs has {kept_gold_P[p]:g} for the token that comes next "
+            f"({gold_ids_P[p]})"
+        ),
+    )
+    at.refuse(
+        np.isnan(kept_gold_P) & (np.exp(gold_P) > np.exp(tail_P) + (MOST_MASS - 1)),
+        lambda p: (
+            f"gold_logprob is {gold_P[p]:g}, a probability of {math.exp(gold_P[p]):.3f}, but the token that comes next "
+            f"({gold_ids_P[p]}) is not among topk_ids, and all ids that are not have {math.exp(tail_P[p]):.3f} together"
+        ),
     )

@@ -7,18 +7,15 @@ capture first. A kill between the two leaves a capture that the same import find
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,12 +27,13 @@ from distill_assets.foundation.fingerprints import content_hash, digest
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
-from distill_assets.teacher_capture.checks import AlignedReport, count_aligned
+from distill_assets.teacher_capture.checks import LEAST_RATE, AlignedReport, count_aligned
 from distill_assets.teacher_capture.chunks import SHORT_LIVED, Cost, Figures, total_stats
 from distill_assets.teacher_capture.foreign_rows import ForeignRow, ForeignRows
-from distill_assets.teacher_capture.identity import FORMAT_VERSION, CaptureSpec
+from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.imported import ImportedContent
 from distill_assets.teacher_capture.inspection import capture_row_groups, inspect_capture
-from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
+from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
 
 CHUNK_NUMBERS = 1 << 19  # tokens and kept ids of the rows in memory at once, which are one row group
@@ -57,6 +55,11 @@ class ImportReport:
     dropped_last: int
     dropped_unsupervised: int
     aligned: AlignedReport
+
+    @property
+    def guesses_nothing(self) -> bool:
+        """Whether the likeliest ids are so rarely the next tokens that they look like ids of another tokenizer."""
+        return self.aligned.enough and self.aligned.rates[1] < LEAST_RATE
 
 
 def import_jsonl(
@@ -94,28 +97,21 @@ def import_jsonl(
         aligned = staged.aligned()
         _require_aligned(source, aligned)
         version = content_hash(staged.shard)
-        identity = staged.identity(spec)
-        before = None if replace else _imported_before(store.pinned_path(key, version), digest(identity))
-        capture = before if before and before.capture_id == digest(identity) else None
+        content = staged.content()
+        capture_id = digest(content.identity(spec))
+        before = None if replace else _imported_before(store.pinned_path(key, version), capture_id)
+        capture = before if before and before.capture_id == capture_id else None
         same_shard = shard_file.exists() and content_hash(shard_file) == version
         if not replace:
             _require_free(key, shard_file, same_shard, before, capture)
         written = capture is None or not same_shard
         if capture is None:
-            footer = {
-                "format_version": FORMAT_VERSION,
-                "source": IMPORTED,
-                "capture_id": digest(identity),
-                "shard": key,
-                "version": version,
-                "identity": identity,
-                "teacher": {"name": f"{IMPORTED} from {source.name}", "revision": None},
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            with store.publishing(IMPORTED, key, version, staged.settings) as file:
+            teacher = {"name": f"{IMPORTED} from {source.name}", "revision": None}
+            with store.publishing(IMPORTED, key, version, content.settings) as file:
                 for table in staged.tables():
                     file.append(table)
-                file.describe(footer, total_stats(staged.parts, bad_rows=0, rows_without_target=0))
+                stats = total_stats(staged.parts, bad_rows=0, rows_without_target=0)
+                content.describe(file, spec, key, version, teacher, stats)
             capture = read_capture(file.path)
         if not same_shard:
             with replacing(shard_file) as beside:
@@ -182,48 +178,32 @@ class _Staged:
     def __init__(self, folder: Path, precision: Literal["compact", "exact"]) -> None:
         self.shard, self._file = folder / "shard.jsonl", folder / "targets.parquet"
         self._precision: Literal["compact", "exact"] = precision
-        self._content = hashlib.sha256()
         self.parts: list[Figures] = []
-        self.dropped_last = self.dropped_unsupervised = self._most_kept = 0
+        self.dropped_last = self.dropped_unsupervised = 0
 
     def write(self, chunks: Iterator[list[ForeignRow]]) -> None:
         """Take in all rows, a chunk at a time."""
+        settings = TargetSettings(precision=self._precision)  # how many ids are kept is no matter of the schema
         with (
             self.shard.open("w", encoding="utf-8") as shard,
-            parquet_writer(self._file, self.settings, SHORT_LIVED) as writer,
+            parquet_writer(self._file, settings, SHORT_LIVED) as writer,
         ):
             start = 0
             for chunk in chunks:
                 shard.writelines(json.dumps(row.own, ensure_ascii=False, separators=(",", ":")) + "\n" for row in chunk)
                 captured = [CapturedRow.of(start + i, row.encoded, row.targets) for i, row in enumerate(chunk)]
-                writer.write_table(to_arrow(captured, self.settings))
+                writer.write_table(to_arrow(captured, settings))
                 self.parts.append(Figures.of(captured, Cost(0, 0, 0.0)))
-                for row in chunk:
-                    self._note(row)
+                self.dropped_last += sum(row.dropped_last for row in chunk)
+                self.dropped_unsupervised += sum(row.dropped_unsupervised for row in chunk)
                 start += len(chunk)
 
-    def _note(self, row: ForeignRow) -> None:
-        self.dropped_last += row.dropped_last
-        self.dropped_unsupervised += row.dropped_unsupervised
-        self._most_kept = max(self._most_kept, int(row.targets.kept_P.max()))
-        self._content.update(row.encoded.key.encode())
-        for values in _arrays(row.targets):
-            self._content.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes())
-
-    @property
-    def settings(self) -> TargetSettings:
-        """Target settings that say what is kept; as many ids as the fullest position so far."""
-        return TargetSettings(k=max(1, self._most_kept), precision=self._precision)
-
-    def identity(self, spec: CaptureSpec) -> dict[str, Any]:
-        """What the capture is: these distributions of these rows, stored in this way. No teacher of the home's."""
-        return {
-            "format": FORMAT_VERSION,
-            "source": IMPORTED,
-            "tokenizer": spec.identity["tokenizer"],
-            "targets": self.settings.identity,
-            "content": self._content.hexdigest(),
-        }
+    def content(self) -> ImportedContent:
+        """What the capture is, by its rows as they are stored: what rounding takes away makes no other capture."""
+        content = ImportedContent(self._precision)
+        for group in capture_row_groups(self._file):
+            content.add(group)
+        return content
 
     def aligned(self) -> AlignedReport:
         """How often the likeliest ids are the tokens that follow, and their neighbours."""
@@ -247,14 +227,3 @@ def _chunks(rows: Iterator[ForeignRow], chunk_numbers: int) -> Iterator[list[For
             chunk, numbers = [], 0
     if chunk:
         yield chunk
-
-
-def _arrays(targets: SparseTargets) -> tuple[np.ndarray, ...]:
-    return (
-        targets.offsets_P1,
-        targets.support_ids_N,
-        targets.support_logprobs_N,
-        targets.tail_logprob_P,
-        targets.gold_logprob_P,
-        targets.entropy_P,
-    )

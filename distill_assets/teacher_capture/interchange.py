@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill_assets.dataset_shards.discover import Shard
+from distill_assets.dataset_shards.encode import EncodedRow, Encoder, encode_shard
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import replacing
 from distill_assets.teacher_capture.inspection import capture_row_groups
@@ -33,8 +35,24 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
             _require_plain(capture)
             for group in capture_row_groups(capture.path):
                 for row in group:
-                    stream.write(json.dumps(_as_object(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+                    stream.write(_as_line(_as_object(row), row))
                 rows += len(group)
+    return rows
+
+
+def export_encoded(shards: Iterable[Shard], encoder: Encoder, out: Path) -> int:
+    """Write shards' rows as the teacher reads them, `{"input_ids":[T], "loss_mask":[T]}` with `id` and `weight` as
+    `export_jsonl`, for another engine to score. Whole or not at all; returns the number of rows.
+
+    Raises ShardError and UnreadableFile as `encode_shard`.
+    """
+    rows = 0
+    with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
+        for shard in shards:
+            for row in encode_shard(shard, encoder).rows:
+                line = {"input_ids": row.input_ids.tolist(), "loss_mask": row.loss_mask.astype(int).tolist()}
+                stream.write(_as_line(line, row))
+                rows += 1
     return rows
 
 
@@ -66,12 +84,16 @@ def _as_object(row: CapturedRow) -> dict[str, Any]:
             values[t] = known[name][p] if math.isfinite(known[name][p]) else None
         loss_mask[t + 1] = 1
     line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "topk_ids": topk_ids, "topk_logprobs": topk_logprobs}
-    line |= numbers | {"loss_mask": loss_mask}
+    return line | numbers | {"loss_mask": loss_mask}
+
+
+def _as_line(values: dict[str, Any], row: CapturedRow | EncodedRow) -> str:
+    """The line of a row, with its own id and weight."""
     if row.id is not None:
-        line["id"] = row.id
+        values["id"] = row.id
     if row.weight != 1:
-        [line["weight"]] = _short(np.array([row.weight], dtype=np.float32))
-    return line
+        [values["weight"]] = _short(np.array([row.weight], dtype=np.float32))
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _short(values: NDArray[np.float32]) -> list[float]:

@@ -7,18 +7,19 @@ current.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from distill_assets.dataset_shards.discover import Discovery, Shard
-from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.foundation.errors import CaptureError, DistillError, PinnedCapture
+from distill_assets.dataset_shards.encode import EncodedRow, encode_shard
+from distill_assets.foundation.errors import CaptureError, DistillError, EditedImport, PinnedCapture
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
+from distill_assets.teacher_capture.imported import imported_source
 from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 
@@ -146,6 +147,8 @@ def _state(shard: Shard, stored: _Stored) -> tuple[State, str, Capture | None]:
     try:
         if current := stored.store.current(stored.spec, shard):
             return "current", "imported" if current.is_imported else "captured as it is", current
+    except EditedImport:
+        return "changed", "edited since it was imported", None
     except PinnedCapture:
         raise
     except CaptureError as damaged:
@@ -165,6 +168,8 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> Shard
         if current:
             return ShardPlan(shard.key, state, reason, current.stats.rows, 0, 0)
         rows = encode_shard(shard, stored.spec.encoder).rows
+        if stored.store.is_pinned(shard.key):
+            return _plan_copy(shard, state, reason, stored, rows)
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     keys = {row.key for row in rows}
@@ -185,6 +190,22 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> Shard
         tokens_to_capture=tokens,
         estimated_bytes=experience.bytes_of(positions),
         estimated_seconds=round(tokens / experience.tokens_per_second, 1) if experience.tokens_per_second else None,
+    )
+
+
+def _plan_copy(shard: Shard, state: State, reason: str, stored: _Stored, rows: Sequence[EncodedRow]) -> ShardPlan:
+    """Of an imported shard that was edited; PinnedCapture for a row that was not imported."""
+    source, _ = imported_source(stored.spec, shard, stored.store, rows)
+    positions = sum(int(row.loss_mask[1:].sum()) for row in rows)
+    return ShardPlan(
+        shard.key,
+        state,
+        f"{reason}; each of its rows was",
+        len(rows),
+        0,
+        0,
+        round(positions * source.bytes_per_token),
+        0.0,
     )
 
 

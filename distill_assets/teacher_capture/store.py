@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.errors import CaptureError, PinnedCapture, first_line
+from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedCapture, first_line
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
@@ -287,14 +287,14 @@ class CaptureStore:
 
     def pinned(self, spec: CaptureSpec, shard: Shard) -> Capture | None:
         """The imported capture of this very content, whatever the target settings and whatever the shard's name was
-        when it was imported; None for a shard that was never imported. PinnedCapture when what was imported
-        under its name is of other content, and when the import is by another tokenizer, or damaged.
+        when it was imported; None for a shard that was never imported. EditedImport when what was imported
+        under its name is of other content, PinnedCapture when the import is by another tokenizer, or damaged.
         """
         found = self._imports_of(shard)
         if not found and self.is_pinned(shard.key):
-            raise PinnedCapture(
-                f"shard {shard.key} is not what was imported: {shard.path} was edited, or an import was cut off before "
-                f"it wrote it; {IMPORT_AGAIN}, or give the file another name to let the teacher capture it"
+            raise EditedImport(
+                f"shard {shard.key} ({shard.path}) is not what was imported; `distill run` brings it up to date, or "
+                "says which row was not imported"
             )
         if not found:
             return None

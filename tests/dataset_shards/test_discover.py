@@ -94,6 +94,7 @@ def test_keys_that_are_fine(key: str) -> None:
         (".a", "dot"),
         (" a", "blank"),
         ("a/b", "slash"),
+        ("../evil", "contains a slash or backslash; a key is a plain name"),
         ("a\\b", "slash"),
         ("a\nb", "control"),
         ("a\x7fb", "control"),

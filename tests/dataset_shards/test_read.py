@@ -100,6 +100,22 @@ def jsonl(tmp_path: Path, content: bytes, name: str = "s.jsonl") -> list[Row | B
     return list(read_rows(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (b'{"text": "a", "id": 1, "text": "b"}', "text"),
+        (b'{"text": "a", "text": "a"}', "text"),
+        (b'{"text": "a", "t\\u0065xt": "b"}', "text"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "role": "user", "content": "a"}]}', "role"),
+        (b'{"text": "a", "mine": {"x": {"y": 1, "y": 2}}}', "y"),
+    ],
+)
+def test_an_object_with_a_key_twice_is_a_bad_row(tmp_path: Path, content: bytes, key: str) -> None:
+    first, bad, last = jsonl(tmp_path, b'{"text": "a"}\n' + content + b'\n{"text": "c"}\n')
+    assert isinstance(first, Row) and isinstance(last, Row)
+    assert bad == BadRow(2, f"it has the key '{key}' more than once")
+
+
 def test_jsonl_names_the_line_of_what_is_wrong(tmp_path: Path) -> None:
     content = (
         b'\xef\xbb\xbf{"text": "a"}\r\n'

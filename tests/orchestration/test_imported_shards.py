@@ -99,7 +99,8 @@ def test_an_edited_import_stops_the_students_and_is_never_given_to_the_teacher(
     source = of_another_engine(home, teacher_folder, tmp_path)
     pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=True).capture.path
     shard = home / "shards" / "s1.jsonl"
-    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
+    own_rows = shard.read_text()
+    shard.write_text(own_rows + '{"input_ids": [7, 8, 9]}\n')
     report = run(home)
     assert report.captured_shards == ["heldout", "s0"] and "import it again" in report.failures["s1"]
     assert report.student_id is None and states(home)["s1"] == "failed"
@@ -110,6 +111,29 @@ def test_an_edited_import_stops_the_students_and_is_never_given_to_the_teacher(
     assert failing is not None and mended is not None and failing.keys() == mended.keys() == {"s1"}
     assert failing["s1"] != mended["s1"]  # asked for again once there is something new to try
     assert run(home).captured_shards == ["s1"]
+
+
+def test_an_import_with_a_row_deleted_needs_no_teacher(tmp_path: Path, teacher_folder: Path) -> None:
+    home = tiny.make_home(tmp_path / "home", teacher_folder, shards=2)
+    source = of_another_engine(home, teacher_folder, tmp_path)
+    pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=True).capture.path
+    whole = run(home)
+    shard = home / "shards" / "s1.jsonl"
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
+    assert states(home)["s1"] == "changed"
+    kept = collect_garbage(Home(home), dry_run=False, imported=True)
+    assert pinned.exists() and not kept.removed  # the capture to come is copied from it
+    with open_instance(Home(home)) as instance:
+        asked = due(instance, AssetStates(Pipeline(Home(home))), "teacher_capture")
+    assert asked is not None and asked.keys() == {"s1"}
+    report = run(home)
+    assert (report.captured_shards, report.rows_captured, report.rows_reused) == (["s1"], 0, 5)
+    assert report.checks and all(check["passed"] for check in report.checks.values())
+    assert report.student_id not in (None, whole.student_id) and run(home).materialized == []
+    assert verify(Home(home)).problems == ()
+    query = "SELECT derived_from, examples FROM captures WHERE shard = 's1'"
+    [(derived_from, examples)] = run_query(home / "catalog.duckdb", home / "captures", query).rows
+    assert derived_from and examples == 5
 
 
 def test_an_imported_held_out_shard_is_evaluated_without_gold_or_entropy(tmp_path: Path, teacher_folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_what_is_given_is_taken(encoder: Encoder) -> None:
         encoder,
         line(
             tail_logprob=[QUARTER, None, EIGHTH, 5, "of no position"],
-            gold_logprob=[-1.0, None, None, None, None],
+            gold_logprob=[-0.7, None, None, None, None],
             entropy=[None, None, 2.0, None, None],
             id=7,
             weight=0.5,
@@ -78,7 +78,7 @@ def test_what_is_given_is_taken(encoder: Encoder) -> None:
     )
     targets = row.targets
     assert targets.tail_logprob_P == pytest.approx([QUARTER, EIGHTH])
-    assert targets.gold_logprob_P[0] == -1.0 and np.isnan(targets.gold_logprob_P[1])
+    assert targets.gold_logprob_P[0] == np.float32(-0.7) and np.isnan(targets.gold_logprob_P[1])
     assert np.isnan(targets.entropy_P[0]) and targets.entropy_P[1] == 2.0
     assert (row.encoded.id, row.encoded.weight) == ("7", 0.5)
     assert {key: row.own[key] for key in ("id", "weight")} == {"id": 7, "weight": 0.5}
@@ -133,6 +133,63 @@ def test_rounding_is_put_right(encoder: Encoder) -> None:
 def test_numbers_no_float16_holds_stay_finite(encoder: Encoder) -> None:
     row = read(encoder, line(topk_ids=[[20, 8], [], [], [], []], topk_logprobs=[[0.0, -1e6], [], [], [], []]))
     assert row.targets.gold_logprob_P.tolist() == [-65504.0]
+
+
+OTHERS = {"topk_ids": [[9, 20], [], [30, 31, 10], [], []]}  # token 8, which comes first, is not kept
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gold_logprob": [HALF + 0.1, None, -2.0, None, None]},  # each rounded to a decimal, as an API may
+        {"gold_logprob": [HALF - 1 / 32 - 1 / 128, None, EIGHTH + 1 / 32, None, None]},  # the compact code, and float16
+        {"gold_logprob": [None, None, None, None, None]},
+        {"topk_logprobs": [[0.0, -15.9375], [], [HALF, QUARTER, EIGHTH], [], []]}
+        | {"topk_ids": [[20, 8], [], [30, 31, 10], [], []], "gold_logprob": [-60.0, None, None, None, None]},
+        OTHERS | {"gold_logprob": [math.log(0.25), None, None, None, None]},  # all of the tail
+        OTHERS | {"gold_logprob": [-40.0, None, None, None, None]},
+        OTHERS
+        | {"topk_logprobs": [[math.log(0.99), math.log(0.015)], [], [HALF, QUARTER, EIGHTH], [], []]}
+        | {"gold_logprob": [math.log(0.03), None, None, None, None]},  # rounded numbers leave no tail
+    ],
+)
+def test_a_gold_token_that_agrees_but_for_rounding_is_taken(encoder: Encoder, changes: dict[str, Any]) -> None:
+    given = changes["gold_logprob"][0]
+    found = read(encoder, line(**changes)).targets.gold_logprob_P[0]
+    assert np.isnan(found) if given is None else found == pytest.approx(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"gold_logprob": [HALF, None, -1.0, None, None]},
+            r"position 2: gold_logprob is -1, but topk_logprobs has -2.07944 for the token that comes next \(10\)",
+        ),
+        ({"gold_logprob": [-1.0, None, None, None, None]}, "position 0: gold_logprob is -1, but .* -0.693147 for"),
+        ({"gold_logprob": [HALF / math.log(10), None, None, None, None]}, "position 0: gold_logprob is -0.30103"),
+        ({"gold_logprob": [-60.0, None, None, None, None]}, "position 0: gold_logprob is -60, but"),
+        (
+            OTHERS | {"gold_logprob": [math.log(0.3), None, None, None, None]},
+            r"position 0: gold_logprob is -1.20397, a probability of 0.300, but the token that comes next \(8\) is not "
+            "among topk_ids, and all ids that are not have 0.250 together",
+        ),
+        (
+            OTHERS | {"gold_logprob": [HALF, *[None] * 4], "tail_logprob": [QUARTER, None, EIGHTH, None, None]},
+            "all ids that are not have 0.250 together",
+        ),
+        (
+            {"topk_ids": [[9], *[[]] * 4], "topk_logprobs": [[0.0], *[[]] * 4]}
+            | {"gold_logprob": [-3.0, *[None] * 4], "tail_logprob": [None] * 5},
+            "position 0: .* a probability of 0.050, .* have 0.000 together",
+        ),
+    ],
+)
+def test_a_gold_token_that_contradicts_the_kept_ids_is_refused(
+    encoder: Encoder, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(refusal(encoder, line(**changes)))
 
 
 @pytest.mark.parametrize(

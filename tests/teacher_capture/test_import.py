@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import gzip
+import io
 import json
 import math
 import os
@@ -199,7 +200,10 @@ def test_an_edited_shard_fails_until_it_is_imported_or_let_go(bench: Bench) -> N
     report.shard_file.write_bytes(report.shard_file.read_bytes() + b'{"input_ids": [7, 8, 9]}\n')
     plan = planned(bench, "s0")
     assert plan.state == "failed" and not plan.is_to_capture
-    assert "not what was imported" in plan.reason and "import it again" in plan.reason
+    assert "not what was imported: line 4 of " in plan.reason and "import it again" in plan.reason
+    lists = {"topk_ids": [[8], [9], []], "topk_logprobs": [[HALF], [HALF], []]}
+    import_lines(bench, [*lines(), {"input_ids": [7, 8, 9], **lists}], "other")
+    assert planned(bench, "s0").state == "failed"  # what another name was imported with is not its own
     for options in ({}, {"force": True}):
         with pytest.raises(PinnedCapture, match="not what was imported"):
             capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", **options)  # type: ignore[arg-type]
@@ -207,6 +211,86 @@ def test_an_edited_shard_fails_until_it_is_imported_or_let_go(bench: Bench) -> N
     report.capture.path.unlink()
     assert planned(bench, "s0").state == "new"
     assert capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture.stats.rows_captured == 4
+
+
+def edit_lines(file: Path, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    tiny.write_jsonl(file, edit([json.loads(line) for line in file.read_text().splitlines()]))
+
+
+EDITS: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "ids and weights": lambda rows: [row | {"id": f"new{i}", "weight": 2.0} for i, row in enumerate(rows)],
+    "order": lambda rows: rows[::-1],
+    "deleted": lambda rows: rows[1:],
+    "repeated": lambda rows: [*rows, rows[0]],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("force", [False, True])
+def test_an_edited_shard_whose_rows_were_all_imported_is_brought_up_to_date_from_them(
+    bench: Bench, edit: str, force: bool
+) -> None:
+    imported = import_lines(bench, [row | {"id": f"r{i}"} for i, row in enumerate(lines(4))])
+    targets = {row.key: row.targets for row in read_rows(imported.capture.path)}
+    edit_lines(imported.shard_file, EDITS[edit])
+    plan, shard = planned(bench, "s0"), bench.shards["s0"]
+    encoded = encode_shard(shard, bench.spec.encoder).rows
+    assert (plan.state, plan.rows, plan.rows_to_capture, plan.tokens_to_capture) == ("changed", len(encoded), 0, 0)
+    assert plan.is_to_capture and "edited since it was imported" in plan.reason
+    report = capture_shard(bench.spec, shard, bench.store, device="cpu", force=force)
+    capture = report.capture
+    assert report.written and capture.path == bench.store.pinned_path("s0", shard.version) != imported.capture.path
+    assert capture.is_imported and capture.derived_from == (imported.capture.capture_id,)
+    assert capture.teacher == imported.capture.teacher
+    assert (capture.stats.rows, capture.stats.rows_captured) == (len(encoded), 0)
+    for row, ours in zip(read_rows(capture.path), encoded, strict=True):
+        assert (row.key, row.id, row.weight) == (ours.key, ours.id, ours.weight)
+        assert np.array_equal(row.targets.support_ids_N, targets[row.key].support_ids_N)
+        assert np.array_equal(row.targets.support_logprobs_N, targets[row.key].support_logprobs_N)
+    assert list(inspect_capture(capture.path, None)) == [] and imported.capture.path.exists()
+    assert planned(bench, "s0").state == "current" and not bench.store.capture_ids()
+    edit_lines(imported.shard_file, lambda rows: [{"input_ids": [7, 8, 9]}, *rows])
+    assert "line 1 of " in planned(bench, "s0").reason
+
+
+def test_importing_the_edited_rows_themselves_is_nothing_to_do(bench: Bench) -> None:
+    file = import_lines(bench, lines(4)).shard_file
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    derived = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    again = import_lines(bench, lines(4)[1:])
+    assert (again.written, again.capture) == (False, derived)
+
+
+def test_of_two_imports_of_a_name_the_newest_that_holds_all_rows_serves(bench: Bench) -> None:
+    import_lines(bench, lines(4))
+    sharper = [row | {"topk_logprobs": [[-0.1, -3.0]] * 3 + [[]]} for row in lines(3)]
+    second = import_lines(bench, sharper, replace=True)
+    edit_lines(second.shard_file, EDITS["order"])
+    newest = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    assert read_rows(newest.path)[0].targets.support_logprobs_N[0] == pytest.approx(-0.1, abs=1 / 32)
+    own = [{"input_ids": row["input_ids"], "loss_mask": [0, 1, 1, 1]} for row in lines(4)]
+    tiny.write_jsonl(second.shard_file, own[::-1])
+    whole = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    assert {float(row.targets.support_logprobs_N[0]) for row in read_rows(whole.path)} == {-0.6875}
+    import_lines(bench, lines(6)[4:], replace=True)
+    tiny.write_jsonl(second.shard_file, [*own, {"input_ids": [7, 14, 11, 12], "loss_mask": [0, 1, 1, 1]}])
+    assert "imported at different times, and no import has them all" in planned(bench, "s0").reason
+
+
+def test_a_damaged_import_gives_an_edited_shard_nothing(bench: Bench) -> None:
+    imported = import_lines(bench, lines(4))
+    edit_lines(imported.shard_file, EDITS["order"])
+    path, whole = imported.capture.path, imported.capture.path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert f"{path} is damaged; import it again" in planned(bench, "s0").reason
+    group = pq.ParquetFile(io.BytesIO(whole)).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    last = columns["tail_logprob.list.element"].data_page_offset - 1  # of the log-probabilities before it
+    path.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
+    assert planned(bench, "s0").state == "changed"  # keys can be read
+    with pytest.raises(PinnedCapture, match=r"is damaged where it holds line 1 of .*s0.jsonl; import it again"):
+        capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu")
+    assert not bench.store.pinned_path("s0", bench.shards["s0"].version).exists()
 
 
 def test_a_damaged_import_is_not_made_again_by_the_teacher(bench: Bench) -> None:
@@ -275,6 +359,8 @@ def test_another_tokenizer_makes_an_import_unusable(bench: Bench, tmp_path: Path
     file.write_text(file.read_text().replace(str(bench.home.settings().teacher.model), str(other)))
     assert planned(bench, "s0").state == "failed"
     assert "imported with another tokenizer" in planned(bench, "s0").reason
+    edit_lines(bench.shards["s0"].path, EDITS["order"])
+    assert "imported, but with another tokenizer" in planned(bench, "s0").reason
 
 
 def test_what_was_cut_off_between_capture_and_shard_is_finished_by_the_next_import(bench: Bench) -> None:
@@ -376,7 +462,9 @@ def _float(value: float, dtype: type[np.floating] = np.float32) -> float:
 
 @st.composite
 def exported_lines(draw: st.DrawFn) -> dict[str, Any]:
-    """A line as `export` writes it: every key, ids likeliest first, numbers that storage holds exactly."""
+    """A line as `export` writes it: every key, ids likeliest first, numbers that storage holds exactly, and a gold
+    log-probability that a kept one, or the tail, allows.
+    """
     n_tokens = draw(st.integers(2, 6))
     line: dict[str, Any] = {
         "input_ids": draw(st.lists(st.integers(0, 319), min_size=n_tokens, max_size=n_tokens)),
@@ -395,7 +483,13 @@ def exported_lines(draw: st.DrawFn) -> dict[str, Any]:
         line["topk_logprobs"][t] = [_float(min(0.0, math.log(share / total))) for share in kept]
         if has_tail:
             line["tail_logprob"][t] = _float(math.log(rest / total), np.float16)
-        line["gold_logprob"][t] = draw(st.none() | st.floats(-60000, 0, width=16).map(_float))
+        if (gold := line["input_ids"][t + 1]) in line["topk_ids"][t]:
+            most = line["topk_logprobs"][t][line["topk_ids"][t].index(gold)]
+            said = st.floats(0, 0.1).map(lambda off: _float(max(-60000.0, most - off), np.float16))  # noqa: B023
+        else:
+            most = line["tail_logprob"][t] if has_tail else -20.0
+            said = st.floats(-60000, 0, width=16).map(lambda below: _float(max(-60000.0, most + below), np.float16))  # noqa: B023
+        line["gold_logprob"][t] = draw(st.none() | said)
         line["entropy"][t] = draw(st.none() | st.floats(0, 5.75, width=16).map(_float))
         line["loss_mask"][t + 1] = 1
     if draw(st.booleans()):

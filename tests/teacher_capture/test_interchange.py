@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.foundation.errors import ShardError
 from distill_assets.teacher_capture.capture import capture_shard
-from distill_assets.teacher_capture.interchange import export_jsonl
+from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
 from tests.bench import Bench
@@ -57,3 +59,21 @@ def test_a_weight_is_written_unless_it_is_one(bench: Bench, tmp_path: Path) -> N
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["id"]: line.get("weight") for line in lines} == {"0": None, "1": 0.3, "2": 0.0}
     assert "weight" not in lines[0]
+
+
+def test_encoded_rows_are_what_the_teacher_would_see(bench: Bench, tmp_path: Path) -> None:
+    named = [row | {"id": f"r{i}", "weight": 0.5 + i / 2} for i, row in enumerate(tiny.example_rows(3))]
+    tiny.write_jsonl(bench.home.root / "shards" / "named.jsonl", named)
+    shards = [bench.shards[key] for key in ("named", "s1")]
+    out = tmp_path / "rows.jsonl"
+    assert export_encoded(shards, bench.spec.encoder, out) == 9
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("id") for line in lines] == ["r0", "r1", "r2", *[None] * 6]
+    assert [line.get("weight") for line in lines] == [0.5, None, 1.5, *[None] * 6]
+    tiny.write_jsonl(bench.home.root / "shards" / "again.jsonl", lines)
+    keys = [row.key for shard in shards for row in encode_shard(shard, bench.spec.encoder).rows]
+    assert [row.key for row in encode_shard(bench.shards["again"], bench.spec.encoder).rows] == keys
+    tiny.write_jsonl(bench.home.root / "shards" / "named.jsonl", [{"text": 5}])
+    with pytest.raises(ShardError, match="line 1: text must be text"):
+        export_encoded([bench.shards["named"]], bench.spec.encoder, out)
+    assert len(out.read_text().splitlines()) == 9  # whole, or as it was
