@@ -61,6 +61,15 @@ def content_hash(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size, dates and inode: with other bytes a file has another stamp. UnreadableFile when it is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 class HashCache:
     """Content hashes of files, and what else takes long to find out, kept in one JSON file between processes.
 
@@ -81,12 +90,7 @@ class HashCache:
 
     def hash_of(self, path: Path, compute: Callable[[Path], str] = content_hash) -> str:
         """The hash of `path`'s content, read only if the file is not the one remembered."""
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
-        signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        return str(self.value_of(str(path.resolve()), signature, lambda: compute(path)))
+        return str(self.value_of(str(path.resolve()), file_stamp(path), lambda: compute(path)))
 
     def value_of(self, name: str, signature: Any, compute: Callable[[], Any], anew: bool = False) -> Any:
         """What was found out about `name` under this very `signature`, else computed, as it is `anew`. Both are JSON

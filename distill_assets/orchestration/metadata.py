@@ -18,9 +18,9 @@ from distill_assets.orchestration.partitions import (
     DATA_VERSION_TAG,
     INPUT_EVENT_TAG,
     INPUT_VERSION_TAG,
-    shard_data_version,
 )
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import shard_data_version
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, SUMMARY_FILE, TEACHER
 from distill_assets.student_model.saving import StudentRecord
 from distill_assets.teacher_capture.checks import AlignedReport, CompleteReport

@@ -185,7 +185,7 @@ class Pipeline:
 
     def forget_captures(self) -> None:
         """Look at the store anew: captures were made."""
-        for name in ("entries", "uncaptured"):
+        for name in ("entries", "uncaptured", "catalog_identity"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -207,7 +207,7 @@ class Pipeline:
 
     # catalog ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def catalog_identity(self) -> str:
         return catalog_identity(self.home.root, self.entries)
 

@@ -290,8 +290,9 @@ class CaptureStore:
         when it was imported; None for a shard that was never imported. PinnedCapture when what was imported
         under its name is of other content, and when the import is by another tokenizer, or damaged.
         """
-        found = self._imports_of(shard)
-        if not found and self.is_pinned(shard.key):
+        imported = self._imported()
+        found = self._imports_of(shard, imported.by_version.get(shard.version[:SHORT], ()))
+        if not found and shard.key in imported.shards:
             raise PinnedCapture(
                 f"shard {shard.key} is not what was imported: {shard.path} was edited, or an import was cut off before "
                 f"it wrote it; {IMPORT_AGAIN}, or give the file another name to let the teacher capture it"
@@ -311,9 +312,10 @@ class CaptureStore:
             )
         return replace(found[0], shard=shard.key)
 
-    def _imports_of(self, shard: Shard) -> list[Capture]:
-        """Imported captures of a shard's content: the one of its name, else all; PinnedCapture when one is damaged."""
-        paths = self._imported().by_version.get(shard.version[:SHORT], ())
+    def _imports_of(self, shard: Shard, paths: Collection[Path]) -> list[Capture]:
+        """Those of these imported captures that are of a shard's content: the one of its name, else all;
+        PinnedCapture when one is damaged.
+        """
         own = self.pinned_path(shard.key, shard.version)
         found = []
         for path in [own] if own in paths else paths:
