@@ -11,6 +11,7 @@ serves rows of the other.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -248,11 +249,13 @@ class CaptureStore:
 
     def files(self, capture_id: str) -> dict[tuple[str, str], Path]:
         """(shard, short version) -> file, for one capture identity."""
+        folder = self.root / capture_id
         found: dict[tuple[str, str], Path] = {}
-        for path in sorted((self.root / capture_id).glob("*.parquet")):
-            shard, at, version = path.stem.rpartition("@")
-            if at and not path.name.startswith(PARTIAL):
-                found[shard, version] = path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in sorted(os.listdir(folder)):
+                shard, at, version = name.removesuffix(".parquet").rpartition("@")
+                if at and name.endswith(".parquet") and not name.startswith(PARTIAL):
+                    found[shard, version] = folder / name
         return found
 
     def find(self, capture_id: str, shard: str, version: str) -> Capture | None:
@@ -291,7 +294,8 @@ class CaptureStore:
         under its name is of other content, and when the import is by another tokenizer, or damaged.
         """
         imported = self._imported()
-        found = self._imports_of(shard, imported.by_version.get(shard.version[:SHORT], ()))
+        paths = imported.by_version.get(shard.version[:SHORT], ())
+        found = self._imports_of(shard, paths) if paths else []
         if not found and shard.key in imported.shards:
             raise PinnedCapture(
                 f"shard {shard.key} is not what was imported: {shard.path} was edited, or an import was cut off before "
