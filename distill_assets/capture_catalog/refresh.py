@@ -102,7 +102,7 @@ def _write(
     identity = catalog_identity(catalog.parent, entries)
     with _replacing(catalog, start_from_old) as connection:
         if start_from_old:
-            _read_all(connection)
+            read_every_table(connection)
         else:
             connection.execute(schema.TABLES)
         files_read = _write_captures(connection, entries, history)
@@ -116,10 +116,11 @@ def _write(
         return _report(connection, identity, files_read)
 
 
-def _read_all(connection: duckdb.DuckDBPyConnection) -> None:
+def read_every_table(connection: duckdb.DuckDBPyConnection) -> None:
     """duckdb.Error if a block of any table is damaged: a copy that is changed here and there would keep it for ever."""
     for (table,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall():
-        connection.execute(f"SELECT max(COLUMNS(*)) FROM {table}")
+        # Statistics alone would answer for the columns; nothing but reading answers for the last.
+        connection.execute(f"SELECT max(COLUMNS(*)), bit_xor(rowid) FROM {table}")
 
 
 def refresh_lineage(catalog: Path, students: Path) -> None:
@@ -190,11 +191,13 @@ def _write_captures(
     if gone:
         connection.execute("DELETE FROM capture_examples WHERE capture IN (SELECT unnest(?))", [sorted(gone)])
     unused = max(known.values(), default=0) + 1
-    rows, read = [], 0
+    rows: list[dict[str, Any]] = []
+    read: list[int] = []
     for entry in (*entries, *history):
         number = numbers[entry.capture]
         if number is None:
-            number, unused, read = unused, unused + 1, read + 1
+            number, unused = unused, unused + 1
+            read.append(number)
             try:
                 _insert_examples(connection, number, entry.capture)
             except duckdb.Error as error:
@@ -204,7 +207,21 @@ def _write_captures(
         rows.append(_row(number, hashes.get(number) or _sha256(entry.capture), entry))
     connection.execute("DELETE FROM capture_files")
     _insert(connection, "capture_files", rows)
-    return read
+    _list_keys(connection, read)
+    return len(read)
+
+
+def _list_keys(connection: duckdb.DuckDBPyConnection, captures: Sequence[int]) -> None:
+    """List the keys of captures that came, or sort all keys anew once those not in order are an eighth."""
+    [(come, new, in_order)] = connection.execute(
+        "SELECT (SELECT count(*) FROM capture_examples WHERE capture IN (SELECT unnest(?))), "
+        "(SELECT count(*) FROM new_keys), (SELECT count(*) FROM sorted_keys)",
+        [list(captures)],
+    ).fetchall()
+    if come + new > in_order / 8:
+        connection.execute(schema.SORT_KEYS)
+    else:
+        connection.execute(schema.ADD_KEYS, {"captures": list(captures)})
 
 
 def _file_key(capture: Capture) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import read_lineages
+from distill_assets.capture_catalog.refresh import read_every_table
 from distill_assets.foundation.errors import CaptureError, UnreadableFile, first_line
 from distill_assets.foundation.fingerprints import SHORT, content_hash
 from distill_assets.foundation.problems import FileListener, Problem
@@ -20,8 +20,6 @@ from distill_assets.teacher_capture.store import Capture, CaptureStore, read_cap
 from distill_assets.teacher_capture.verify import remedy_for
 
 ANEW = "delete it, then `distill run` builds it anew"
-_TABLES = re.findall(r"CREATE TABLE (\w+)", schema.TABLES)
-_BLOCK = 10_000  # rows of a table that are in memory at once
 _Learnt = tuple[str | None, set[tuple[Any, ...]]]  # a student's kind, and the captures it learnt from
 
 
@@ -77,7 +75,7 @@ def verify_catalog(
     on_file(catalog)
     try:
         with duckdb.connect(catalog, read_only=True) as connection:
-            _read_every_table(connection)
+            read_every_table(connection)
             meta = connection.execute("SELECT schema_version, home FROM catalog_meta").fetchall()
             listed = _captures_listed(connection)
             learnt = _students_listed(connection)
@@ -94,13 +92,6 @@ def verify_catalog(
     if is_current:
         for reason in compare_with_store(catalog, current):
             yield Problem("mismatch", catalog, f"{reason}; {ANEW}")
-
-
-def _read_every_table(connection: duckdb.DuckDBPyConnection) -> None:
-    for name in _TABLES:
-        cursor = connection.execute(f"SELECT * FROM {name}")
-        while cursor.fetchmany(_BLOCK):
-            pass
 
 
 def _captures_listed(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:

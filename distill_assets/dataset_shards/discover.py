@@ -51,23 +51,24 @@ class Discovery:
     problems: tuple[ShardProblem, ...]
 
 
-def discover_shards(root: Path, data: DataSettings, hashes: HashCache) -> Discovery:
-    """Find the files `data.shards` matches under `root` and hash those not seen before.
+def discover_shards(root: Path, data: DataSettings, hashes: HashCache, only: str | None = None) -> Discovery:
+    """Find the files `data.shards` matches under `root` and hash those not seen before; with `only`, those of this
+    key alone.
 
     Raises SettingsError when a key is both held out and validation, or the pattern is malformed.
     """
     by_key: dict[str, list[Path]] = defaultdict(list)
     problems: list[ShardProblem] = []
     for path in _matching_files(root, data.shards):
-        shown = _printable(path.name)
         ending = _ending(path.name)
-        if ending is None:
-            allowed = ", ".join(ENDINGS)
-            problems.append(ShardProblem(shown, f"{shown}: not a shard file; name it with one of {allowed}"))
+        key = path.name.removesuffix(ending or "")
+        if only is not None and only not in (key, _printable(key)):
             continue
-        key = path.name.removesuffix(ending)
-        if reason := key_problem(key):
-            problems.append(ShardProblem(_printable(key), f"{shown}: {reason}; rename the file"))
+        if ending is None:
+            shown, allowed = _printable(path.name), ", ".join(ENDINGS)
+            problems.append(ShardProblem(shown, f"{shown}: not a shard file; name it with one of {allowed}"))
+        elif reason := key_problem(key):
+            problems.append(ShardProblem(_printable(key), f"{_printable(path.name)}: {reason}; rename the file"))
         else:
             by_key[key].append(path)
 
@@ -133,13 +134,13 @@ def _matching_files(root: Path, pattern: str) -> list[Path]:
     """
     named = set(PurePath(pattern).parts[:-1])
     try:
-        matches = sorted(root.glob(pattern))
+        matches = sorted(root.glob(pattern), key=str)
     except ValueError as error:
         raise SettingsError(f"data.shards: {pattern!r} is not a file pattern ({error})") from None
     return [
         path
         for path in matches
-        if not any(_is_hidden(part) and part not in named for part in path.relative_to(root).parts)
+        if not any(_is_hidden(part) and part not in named for part in path.parts[len(root.parts) :])
         and not path.is_dir()
     ]
 

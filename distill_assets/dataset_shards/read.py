@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import polars as pl
 import pyarrow as pa
 
 from distill_assets.dataset_shards.rows import KIND_OF, KNOWN_KEYS, BadRow, Row, parse_row
@@ -72,9 +71,13 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
-    except (OSError, EOFError, zlib.error, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UnreadableFile(f"{path}: cannot be read to its end ({reason}); write the file again") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFile:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UnreadableFile(f"{path}: cannot be read to its end ({reason}); write the file again")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -129,15 +132,20 @@ def _parse_text(line: int, content: bytes) -> Row | BadRow:
 
 
 def _read_parquet(path: Path, at_most: int | None) -> Iterator[Row | BadRow]:
-    with path.open("rb") as file:  # a path would be taken as a pattern and its folders as columns
-        found = pl.read_parquet_schema(file)
-        columns = [name for name in KNOWN_KEYS if name in found]
-        if not any(name in KIND_OF for name in columns):
-            raise ShardError(
-                f"{path}: its columns are {', '.join(list(found)[:8])}; it needs text, prompt and completion, "
-                "messages, or input_ids"
-            )
-        file.seek(0)
-        frame = pl.read_parquet(file, columns=columns, n_rows=at_most)
+    import polars as pl  # takes a tenth of a second, and to know that no shard changed nothing is read
+
+    try:
+        with path.open("rb") as file:  # a path would be taken as a pattern and its folders as columns
+            found = pl.read_parquet_schema(file)
+            columns = [name for name in KNOWN_KEYS if name in found]
+            if not any(name in KIND_OF for name in columns):
+                raise ShardError(
+                    f"{path}: its columns are {', '.join(list(found)[:8])}; it needs text, prompt and completion, "
+                    "messages, or input_ids"
+                )
+            file.seek(0)
+            frame = pl.read_parquet(file, columns=columns, n_rows=at_most)
+    except pl.exceptions.PolarsError as error:
+        raise _damaged(path, error) from error
     for number, values in enumerate(frame.iter_rows(named=True), start=1):
         yield parse_row(number, values)

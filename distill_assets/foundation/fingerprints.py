@@ -61,6 +61,15 @@ def content_hash(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size, dates and inode: with other bytes a file has another stamp. UnreadableFile when it is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 class HashCache:
     """Content hashes of files, and what else takes long to find out, kept in one JSON file between processes.
 
@@ -72,6 +81,7 @@ class HashCache:
         self._rehash = rehash
         self._known: dict[str, list[Any]] = {}
         self._fresh: set[str] = set()
+        self._folders: dict[Path, Path] = {}
         if not rehash and file.exists():
             try:
                 known = json.loads(file.read_text(encoding="utf-8"))
@@ -81,12 +91,15 @@ class HashCache:
 
     def hash_of(self, path: Path, compute: Callable[[Path], str] = content_hash) -> str:
         """The hash of `path`'s content, read only if the file is not the one remembered."""
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise UnreadableFile(f"{path}: the file is gone; put it back, or run again without it") from None
-        signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        return str(self.value_of(str(path.resolve()), signature, lambda: compute(path)))
+        return str(self.value_of(self._name(path), file_stamp(path), lambda: compute(path)))
+
+    def _name(self, path: Path) -> str:
+        """The path with its links followed. A folder's are followed once: it may hold thousands of files."""
+        if path.is_symlink():
+            return str(path.resolve())
+        if path.parent not in self._folders:
+            self._folders[path.parent] = path.parent.resolve()
+        return str(self._folders[path.parent] / path.name)
 
     def value_of(self, name: str, signature: Any, compute: Callable[[], Any], anew: bool = False) -> Any:
         """What was found out about `name` under this very `signature`, else computed, as it is `anew`. Both are JSON

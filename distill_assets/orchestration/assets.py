@@ -9,10 +9,10 @@ from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.home import find_home
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.automation_conditions import WHEN_DUE
-from distill_assets.orchestration.partitions import CODE_VERSION, shard_data_version, shard_partitions, sync_partitions
+from distill_assets.orchestration.partitions import CODE_VERSION, shard_partitions, sync_partitions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import progress_of
-from distill_assets.orchestration.states import OFF, AssetStates
+from distill_assets.orchestration.states import OFF, AssetStates, shard_data_version
 from distill_assets.student_model.identity import StudentKind
 
 if TYPE_CHECKING:

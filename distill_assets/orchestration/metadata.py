@@ -18,9 +18,9 @@ from distill_assets.orchestration.partitions import (
     DATA_VERSION_TAG,
     INPUT_EVENT_TAG,
     INPUT_VERSION_TAG,
-    shard_data_version,
 )
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import shard_data_version
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, SUMMARY_FILE, TEACHER
 from distill_assets.student_model.saving import StudentRecord
 from distill_assets.teacher_capture.checks import AlignedReport, CompleteReport
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 FILE = "file"
 WRITTEN = "file written"  # False when the capture was current and nothing was done
-MOST_LISTED = 50  # rows of a table or list in a message; the catalog has them all
+MOST_LISTED = 50  # lines of a list in a message
+MOST_CAPTURES = 20  # rows of the catalog's table on its page; the catalog has them all
 
 Metadata = dict[str, Any]
 
@@ -178,19 +179,18 @@ def of_faithful(report: FaithfulReport) -> Metadata:
 
 
 def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
-    """Sums, and the first captures as a table."""
+    """Sums, the summary with its picture, and below them the first captures as a table, as wide as the page."""
+    first = pipeline.entries[:MOST_CAPTURES]
     captures = [
         {
             "shard": entry.capture.shard,
             "role": entry.role,
             "examples": entry.capture.stats.rows,
-            "tokens": entry.capture.stats.tokens,
             "bytes per token": round(entry.capture.bytes_per_token, 1),
-            "mean entropy": _rounded(entry.capture.stats.mean_entropy, 3),
             "kept mass": round(entry.capture.stats.mean_kept_mass, 4),
             "teacher perplexity": _rounded(entry.capture.stats.teacher_perplexity, 2),
         }
-        for entry in pipeline.entries[:MOST_LISTED]
+        for entry in first
     ]
     return {
         "shards": report.shards,
@@ -200,9 +200,9 @@ def of_catalog(report: CatalogReport, pipeline: Pipeline) -> Metadata:
         "superseded captures": report.superseded,
         "students": report.students,
         "capture files read": report.files_read,
-        "captures": table(captures),
         "summary": dg.MetadataValue.md(summaries.of_catalog(pipeline)),
         "file": dg.MetadataValue.path(pipeline.home.catalog),
+        "captures" if len(first) == report.shards else f"the first {len(first)} captures": table(captures),
     }
 
 

@@ -16,11 +16,6 @@ SHARDS = "shards"
 shard_partitions = dg.DynamicPartitionsDefinition(name=SHARDS)
 
 
-def shard_data_version(shard_version: str, capture_id: str) -> str:
-    """Data version of a shard: content joined with the capture settings, so both kinds of change ripple."""
-    return f"{shard_version[:16]}-{capture_id}"
-
-
 def partition_changes(instance: dg.DagsterInstance, keys: set[str]) -> tuple[list[str], list[str]]:
     """(to add, to delete) so that the registered partitions are exactly `keys`."""
     registered = set(instance.get_dynamic_partitions(SHARDS))

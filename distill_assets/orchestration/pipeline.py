@@ -42,6 +42,7 @@ class Pipeline:
         self.settings = home.settings()
         self.store = CaptureStore(home.captures)
         self.hashes = home.hashes(rehash)
+        self._asked_for: str | None = None
 
     @cached_property
     def spec(self) -> CaptureSpec:
@@ -52,7 +53,10 @@ class Pipeline:
 
     @cached_property
     def discovery(self) -> Discovery:
-        discovery = discover_shards(self.home.root, self.settings.data, self.hashes)
+        return self._discover()
+
+    def _discover(self, only: str | None = None) -> Discovery:
+        discovery = discover_shards(self.home.root, self.settings.data, self.hashes, only)
         self.hashes.save()
         return discovery
 
@@ -111,10 +115,19 @@ class Pipeline:
     # captures --------------------------------------------------------------------------------
 
     def shard(self, key: str) -> Shard:
-        """The shard with this key; CaptureError when there is none, or its file cannot be used."""
-        if key in self.shards:
-            return self.shards[key]
-        for problem in self.discovery.problems:
+        """The shard with this key; CaptureError when there is none, or its file cannot be used.
+
+        The first one that is asked for is looked for alone: to capture one of thousands the others need no look.
+        """
+        if "discovery" in self.__dict__ or self._asked_for not in (None, key):
+            shards, problems = self.shards, self.discovery.problems
+        else:
+            self._asked_for = key
+            alone = self._discover(only=key)
+            shards, problems = {shard.key: shard for shard in alone.shards}, alone.problems
+        if key in shards:
+            return shards[key]
+        for problem in problems:
             if problem.key == key:
                 raise CaptureError(problem.message)
         raise CaptureError(f"shard {key}: no file for it in {self.home.root}; put it back, or forget the partition")
@@ -185,7 +198,7 @@ class Pipeline:
 
     def forget_captures(self) -> None:
         """Look at the store anew: captures were made."""
-        for name in ("entries", "uncaptured"):
+        for name in ("entries", "uncaptured", "catalog_identity"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -207,7 +220,7 @@ class Pipeline:
 
     # catalog ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def catalog_identity(self) -> str:
         return catalog_identity(self.home.root, self.entries)
 

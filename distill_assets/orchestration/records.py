@@ -11,11 +11,10 @@ from distill_assets.orchestration.partitions import (
     latest_events,
     recorded_version,
     recorded_versions,
-    shard_data_version,
     sync_partitions,
 )
 from distill_assets.orchestration.pipeline import Pipeline
-from distill_assets.orchestration.states import AssetStates
+from distill_assets.orchestration.states import AssetStates, shard_data_version
 
 MOST_LOOKED_AT = 20  # comparisons of the tokenizers; more of them alike only mean that captures are recorded again
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-from distill_assets.orchestration.partitions import shard_data_version
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.students import StudentSide
 
@@ -18,12 +17,18 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def shard_data_version(shard_version: str, capture_id: str) -> str:
+    """Data version of a shard: content joined with the capture settings, so both kinds of change ripple."""
+    return f"{shard_version[:16]}-{capture_id}"
+
+
 class AssetStates:
     """Answers for one pipeline. Ask again with a new one after something was made."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.students = StudentSide(pipeline)
+        self._current: dict[str, bool] = {}
 
     def data_version(self, asset: str) -> str:
         """The identity of what an unpartitioned asset would be now."""
@@ -37,7 +42,12 @@ class AssetStates:
         return versions[asset]()
 
     def is_current(self, asset: str) -> bool:
-        """Whether the artifact of this identity is there."""
+        """Whether the artifact of this identity is there; looked at once."""
+        if asset not in self._current:
+            self._current[asset] = self._is_current(asset)
+        return self._current[asset]
+
+    def _is_current(self, asset: str) -> bool:
         if asset == "tokenizer_compatibility":
             return self.pipeline.tokenizer_verdict is not None
         if asset == "teacher_capture":

@@ -19,14 +19,15 @@ from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.orchestration import compatibility
 from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.student_ids import LEARNT_FROM, student_ids
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
 from distill_assets.student_model.checkpoints import folder_under_way
-from distill_assets.student_model.identity import StudentKind, student_id
+from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.origin import initial_weights_fingerprint
 from distill_assets.student_model.saving import StudentRecord, StudentSpec, UsedCapture, read_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import read_row_keys, read_rows
+from distill_assets.teacher_capture.store import read_rows
 from distill_assets.tokenizer_compatibility.facts import tokenizer_facts
 
 
@@ -75,33 +76,25 @@ class StudentSide:
 
     @cached_property
     def ids(self) -> dict[StudentKind, str]:
-        """Identity of each student that should exist; reads row keys only."""
-        rows = {role: [k for e in self._entries(role) for k in read_row_keys(e.capture.path)] for role in _LEARNT_FROM}
-        captures = {entry.capture.capture_id for role in _LEARNT_FROM for entry in self._entries(role)}
-        spec = self.pipeline.spec
+        """Identity of each student that should exist."""
+        return self._find_ids()
+
+    def _find_ids(self, anew: bool = False) -> dict[StudentKind, str]:
+        hashes = self.pipeline.hashes
         start = initial_weights_fingerprint(
             self.settings.student,
-            spec.teacher,
+            self.pipeline.spec.teacher,
             self.pipeline.student_folder,
             self.vocabulary.n_real,
             self.settings.training.seed,
-            self.pipeline.hashes,
+            hashes,
         )
-        self.pipeline.hashes.save()
-        return {
-            kind: student_id(
-                kind,
-                rows["train"],
-                rows["validation"],
-                self.settings.training,
-                start,
-                self.vocabulary,
-                spec.identity["tokenizer"],
-                captures,
-                spec.targets,
-            )
-            for kind in self.kinds
-        }
+        captures = {role: [entry.capture for entry in self._entries(role)] for role in LEARNT_FROM}
+        found = student_ids(
+            self.kinds, captures, self.pipeline.spec, self.settings.training, start, self.vocabulary, hashes, anew
+        )
+        hashes.save()
+        return found
 
     def folder(self, kind: StudentKind) -> Path:
         return self.home.students / self.ids[kind]
@@ -144,6 +137,8 @@ class StudentSide:
         """The student of this kind, trained unless it exists, and the catalog told of it."""
         self.require_inputs()
         self.pipeline.require_usable_pair()
+        if force or not self.exists(kind):
+            self.ids = self._find_ids(anew=True)  # nothing is made under a name that is only remembered
         with alone(self.home.training / f"{self.ids[kind]}.lock"):  # two would work in one folder of checkpoints
             if force or not self.exists(kind):
                 self._train(kind, device, force, on_progress)
@@ -173,7 +168,7 @@ class StudentSide:
         )
 
     def _spec(self, kind: StudentKind) -> StudentSpec:
-        used = [e.capture for role in _LEARNT_FROM for e in self._entries(role)]
+        used = [e.capture for role in LEARNT_FROM for e in self._entries(role)]
         return StudentSpec(
             student_id=self.ids[kind],
             kind=kind,
@@ -262,6 +257,3 @@ class StudentSide:
             return record if {"verdict", "summary", "overall"} <= record.keys() else None
         except (OSError, ValueError, AttributeError, DistillError):
             return None
-
-
-_LEARNT_FROM = ("train", "validation")

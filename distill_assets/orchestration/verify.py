@@ -17,9 +17,9 @@ from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.instance import close_dead_runs, open_instance, under_way
-from distill_assets.orchestration.partitions import recorded_version, recorded_versions, shard_data_version
+from distill_assets.orchestration.partitions import recorded_version, recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
-from distill_assets.orchestration.states import OFF, AssetStates
+from distill_assets.orchestration.states import OFF, AssetStates, shard_data_version
 from distill_assets.student_evaluation.verify import verify_reports
 from distill_assets.student_model.verify import verify_students
 from distill_assets.teacher_capture.contents import Needs

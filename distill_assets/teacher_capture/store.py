@@ -11,6 +11,7 @@ serves rows of the other.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -248,11 +249,13 @@ class CaptureStore:
 
     def files(self, capture_id: str) -> dict[tuple[str, str], Path]:
         """(shard, short version) -> file, for one capture identity."""
+        folder = self.root / capture_id
         found: dict[tuple[str, str], Path] = {}
-        for path in sorted((self.root / capture_id).glob("*.parquet")):
-            shard, at, version = path.stem.rpartition("@")
-            if at and not path.name.startswith(PARTIAL):
-                found[shard, version] = path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in sorted(entry.name for entry in os.scandir(folder)):
+                shard, at, version = name.removesuffix(".parquet").rpartition("@")
+                if at and name.endswith(".parquet") and not name.startswith(PARTIAL):
+                    found[shard, version] = folder / name
         return found
 
     def find(self, capture_id: str, shard: str, version: str) -> Capture | None:
@@ -290,8 +293,10 @@ class CaptureStore:
         when it was imported; None for a shard that was never imported. EditedImport when what was imported
         under its name is of other content, PinnedCapture when the import is by another tokenizer, or damaged.
         """
-        found = self._imports_of(shard)
-        if not found and self.is_pinned(shard.key):
+        imported = self._imported()
+        paths = imported.by_version.get(shard.version[:SHORT], ())
+        found = self._imports_of(shard, paths) if paths else []
+        if not found and shard.key in imported.shards:
             raise EditedImport(
                 f"shard {shard.key} ({shard.path}) is not what was imported; `distill run` brings it up to date, or "
                 "says which row was not imported"
@@ -311,9 +316,10 @@ class CaptureStore:
             )
         return replace(found[0], shard=shard.key)
 
-    def _imports_of(self, shard: Shard) -> list[Capture]:
-        """Imported captures of a shard's content: the one of its name, else all; PinnedCapture when one is damaged."""
-        paths = self._imported().by_version.get(shard.version[:SHORT], ())
+    def _imports_of(self, shard: Shard, paths: Collection[Path]) -> list[Capture]:
+        """Those of these imported captures that are of a shard's content: the one of its name, else all;
+        PinnedCapture when one is damaged.
+        """
         own = self.pinned_path(shard.key, shard.version)
         found = []
         for path in [own] if own in paths else paths:

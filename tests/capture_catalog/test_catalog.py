@@ -144,15 +144,43 @@ def test_lineage_goes_both_ways_through_superseded_captures_too(bench: Bench) ->
     assert ask(bench, "SELECT * FROM example('no key')") == []
 
 
+def test_each_key_is_found_once_as_captures_come_and_go(bench: Bench) -> None:
+    entries = capture_all(bench)
+    for name, rows in (("few", tiny.example_rows(1, start=800)), ("more", tiny.example_rows(3, start=900))):
+        tiny.write_jsonl(bench.home.root / "shards" / f"{name}.jsonl", rows)
+    every = {entry.capture.shard: entry for entry in capture_all(bench)}
+
+    def listed(now: list[CatalogEntry]) -> tuple[int, int]:
+        """How many keys are in order, and how many came since, after a refresh that keeps no history."""
+        rest = [entry.capture.path for entry in every.values() if entry not in now]
+        refresh_catalog(bench.home.catalog, bench.store, now, bench.home.students, without=rest)
+        held = {row.key: (entry.capture.shard, row.row) for entry in now for row in read_rows(entry.capture.path)}
+        for entry in every.values():
+            for row in read_rows(entry.capture.path):
+                found = ask(bench, f"SELECT shard, row FROM example('{row.key}')")
+                assert found == ([held[row.key]] if row.key in held else [])
+        [counts] = ask(bench, "SELECT (SELECT count(*) FROM sorted_keys), (SELECT count(*) FROM new_keys)")
+        return counts  # type: ignore[return-value]
+
+    assert listed(entries) == (24, 0)
+    assert listed([*entries, every["few"]]) == (24, 1)
+    assert listed(entries) == (24, 1)  # its entry stays, and finds nothing
+    assert listed([*entries, every["few"]]) == (24, 2)  # under the number it had before
+    assert listed([*entries, every["few"], every["more"]]) == (28, 0)
+    assert listed([every["more"]]) == (28, 0)
+
+
 def test_a_catalog_damaged_inside_is_built_anew_by_the_next_refresh(bench: Bench) -> None:
     entries = capture_all(bench)
     refresh(bench, entries[:2])
     content = bench.home.catalog.read_bytes()
+    keys = [row.key for row in read_rows(entries[0].capture.path)]
     for start in range(12_288, len(content), 262_144):  # block after block, one is read first when it changes
         damaged = bytearray(content)
         damaged[start + 100] ^= 1
         bench.home.catalog.write_bytes(damaged)
         assert refresh(bench, entries).examples == 24
+        assert [len(ask(bench, f"SELECT * FROM example('{key}')")) for key in keys] == [1] * 6
         assert compare_with_store(bench.home.catalog, captures(entries)) == []
 
 

@@ -161,3 +161,19 @@ def test_a_key_with_two_roles_is_an_error_of_the_settings(root: Path) -> None:
 def test_a_malformed_pattern_is_an_error_of_the_settings(root: Path) -> None:
     with pytest.raises(SettingsError, match=r"data\.shards"):
         discover(root, shards="a**/x")
+
+
+def test_one_key_alone_is_found_as_among_all(root: Path) -> None:
+    for name in ("a.jsonl", "a.txt", "b.jsonl", "heldout.txt", "table.csv", "..up.jsonl", "tab\there.txt"):
+        put(root, name)
+    put(root, "c.jsonl.gz", b"no gzip")
+    found = discover(root)
+    keys = [shard.key for shard in found.shards] + [problem.key for problem in found.problems]
+    assert len(keys) == 7
+    for key in keys:
+        alone = discover_shards(root, DataSettings(shards="shards/*"), HashCache(root / "other.json"), key)
+        assert alone == Discovery(
+            tuple(shard for shard in found.shards if shard.key == key),
+            tuple(problem for problem in found.problems if problem.key == key),
+        )
+    assert discover_shards(root, DataSettings(), HashCache(root / "other.json"), "nowhere") == Discovery((), ())

@@ -159,3 +159,17 @@ def test_a_damaged_cache_costs_reading_and_nothing_else(tmp_path: Path, file: Pa
 def test_a_cache_that_learnt_nothing_writes_nothing(tmp_path: Path) -> None:
     HashCache(tmp_path / "cache.json").save()
     assert not (tmp_path / "cache.json").exists()
+
+
+def test_a_file_has_one_memory_by_whatever_links_it_is_reached(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    (folder / "a").write_bytes(b"a")
+    (tmp_path / "linked").symlink_to(folder)
+    (other / "a").symlink_to(folder / "a")
+    cache = HashCache(tmp_path / "hashes.json")
+    found = cache.hash_of(folder / "a")
+    for path in (tmp_path / "linked" / "a", other / "a"):
+        assert cache.hash_of(path, lambda path: f"read {path}") == found
+    (other / "b").write_bytes(b"a")
+    assert cache.hash_of(other / "b", lambda path: "another file") == "another file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_the_catalogs_picture_shows_the_mass_of_the_first_ids(bench: Bench) -> N
 def test_a_catalog_of_nothing_has_no_picture(bench: Bench) -> None:
     Pipeline(bench.home).refresh_catalog()
     assert summaries.of_catalog(Pipeline(bench.home)) == ""
+
+
+def test_the_catalogs_page_shows_the_summary_before_a_few_of_thousands_of_captures(bench: Bench) -> None:
+    for shard in bench.shards.values():
+        capture_shard(bench.spec, shard, bench.store, device="cpu")
+    pipeline = Pipeline(bench.home)
+    report = pipeline.refresh_catalog()
+    values = metadata.of_catalog(report, pipeline)
+    assert list(values)[-3:] == ["summary", "file", "captures"]
+    assert [record.data["shard"] for record in values["captures"].records] == ["heldout", "s0", "s1", "s2"]
+    pipeline.entries = pipeline.entries * 6
+    many = metadata.of_catalog(replace(report, shards=24), pipeline)
+    assert len(many["the first 20 captures"].records) == 20 and "captures" not in many
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""Ids of students are remembered under the stamps of captures, and never outlive what they are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.students import StudentSide
+from distill_assets.teacher_capture.capture import capture_shard
+from tests import tiny
+from tests.bench import Bench, edit
+
+WRONG = {"student": "0123456789abcdef", "control": "fedcba9876543210"}
+
+
+@pytest.fixture
+def root(tmp_path: Path, teacher_folder: Path) -> Path:
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=2, rows=3)
+    Pipeline(Home(root)).check_tokenizers()
+    capture_all(root)
+    return root
+
+
+def capture_all(root: Path) -> None:
+    bench = Bench(root)
+    for shard in bench.shards.values():
+        capture_shard(bench.spec, shard, bench.store, device="cpu")
+
+
+def ids(root: Path, rehash: bool = False) -> dict[str, str]:
+    return {str(kind): name for kind, name in StudentSide(Pipeline(Home(root), rehash)).ids.items()}
+
+
+def without_memory(root: Path) -> dict[str, str]:
+    (root / ".cache" / "hashes.json").unlink()
+    return ids(root)
+
+
+def remember(root: Path, found: object) -> None:
+    """Put `found` where the ids are that were found last."""
+    cache = root / ".cache" / "hashes.json"
+    told = json.loads(cache.read_text())
+    cache.write_text(json.dumps({**told, "students": [told["students"][0], found]}))
+
+
+def test_what_is_remembered_is_believed_as_long_as_nothing_changed(root: Path) -> None:
+    right = ids(root)
+    remember(root, WRONG)
+    assert ids(root) == WRONG
+    assert ids(root, rehash=True) == right == ids(root)
+
+
+def test_a_capture_that_was_written_again_is_read_again(root: Path) -> None:
+    right = ids(root)
+    capture = next((root / "captures").glob("*/s1@*.parquet"))
+    remember(root, WRONG)
+    os.utime(capture)
+    assert ids(root) == right
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"epochs": 3}},
+        {"data": {"validation": ["s1"]}},
+        {"student": {"from_teacher_layers": [1]}},
+        {"data": {"heldout": ["heldout*", "s1"]}},
+    ],
+)
+def test_no_id_outlives_a_setting(root: Path, sections: dict[str, object]) -> None:
+    before = ids(root)
+    edit(root, **sections)
+    after = ids(root)
+    assert after["student"] != before["student"]
+    assert after == without_memory(root)
+
+
+def test_a_weight_makes_another_student_and_its_return_the_first(root: Path) -> None:
+    before = ids(root)
+    shard = root / "shards" / "s0.jsonl"
+    content = shard.read_bytes()
+    rows = [json.loads(line) for line in content.splitlines()]
+    tiny.write_jsonl(shard, [{**rows[0], "weight": 2.0}, *rows[1:]])
+    capture_all(root)
+    after = ids(root)
+    assert after["student"] != before["student"]
+    assert after == without_memory(root)
+    shard.write_bytes(content)
+    assert ids(root) == before
+
+
+def test_a_cache_with_something_else_in_it_is_not_believed(root: Path) -> None:
+    right = ids(root)
+    for wrong in ("abc", None, 5, {}, [], {"student": WRONG["student"]}, {**WRONG, "control": "../x"}):
+        remember(root, wrong)
+        assert ids(root) == right == ids(root), wrong
+
+
+def test_nothing_is_trained_under_a_name_that_is_only_remembered(root: Path) -> None:
+    right = ids(root)
+    remember(root, WRONG)
+    record = StudentSide(Pipeline(Home(root))).train("student", device="cpu", force=False)
+    assert record.spec.student_id == right["student"]
+    assert [folder.name for folder in (root / "students").iterdir()] == [right["student"]]
