@@ -7,6 +7,7 @@ scored; `loss_mask_T[0]` is always false, since nothing predicts the first token
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,6 +96,13 @@ class Encoder:
         self.n_real = n_real
         self._front = inserted_ids(tokenizer)[0]
         self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+    def of_imported(self) -> Encoder:
+        """The same for a shard that was imported: its rows are what was imported, whatever `data.supervise` and
+        `data.max_length` say now.
+        """
+        data = self._data.model_copy(update={"supervise": "completion", "max_length": sys.maxsize})
+        return Encoder(self._tokenizer, data, self.n_real)
 
     @property
     def skips_bad_rows(self) -> bool:

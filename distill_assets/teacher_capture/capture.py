@@ -30,7 +30,7 @@ from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.imported import copy_imported
-from distill_assets.teacher_capture.reuse import Place, captured_rows, held, targets_at
+from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows, held, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
@@ -70,7 +70,7 @@ def capture_shard(
     try:
         pinned = store.pinned(spec, shard)
     except EditedImport:
-        encoded = encode_shard(shard, spec.encoder)
+        encoded = encode_shard(shard, spec.encoder.of_imported())
         return CaptureReport(copy_imported(spec, shard, store, encoded), True, _bad_rows(shard, encoded))
     if current := pinned or (None if force else _current(spec, shard, store)):
         return CaptureReport(current, written=False)
@@ -106,7 +106,7 @@ def _capture(
     encoded = encode_shard(shard, spec.encoder)
     planned = batch_tokens or forward_batch_tokens(resolve_device(device))
     chunks = plan_chunks(encoded.rows, planned)
-    finished = ChunkFolder(store.unfinished(*name), spec.targets)
+    finished = ChunkFolder(store.unfinished(*name), spec.targets, spec.identity)
     if force:
         finished.begin_anew()
     before = _Before(spec, store, finished, force)
@@ -166,28 +166,28 @@ class _Before:
         self._spec, self._store, self._finished, self._force = spec, store, finished, force
         self._sources = [] if force else sources(store, spec)
 
-    def _places(self, keys: Collection[str]) -> dict[str, Place]:
+    def _own(self) -> KeyIndex:
         if self._force:
-            return held(self._finished.folder, self._finished.files()).places(keys)
-        return captured_rows(self._store, self._spec.capture_id).places(keys)
+            return held(self._finished.folder, self._finished.files())
+        return captured_rows(self._store, self._spec.capture_id)
 
-    def _derivable(self, keys: Collection[str]) -> dict[str, tuple[str, Place]]:
-        return derivable({source: captured_rows(self._store, source) for source in self._sources}, keys)
+    def _others(self) -> dict[str, KeyIndex]:
+        return {source: captured_rows(self._store, source) for source in self._sources}
 
-    def keys(self, keys: Mapping[str, int]) -> set[str]:
+    def keys(self, keys: Collection[str]) -> set[str]:
         """Those of `keys` that need no teacher."""
-        own = self._places(keys)
-        return own.keys() | self._derivable(keys - own.keys()).keys()
+        own = self._own()
+        return {key for key in keys if key in own} | derivable(self._others(), keys).keys()
 
     def rows(self, keys: set[str]) -> dict[str, _Stored]:
-        """Those rows, read; what a damaged file held is left out."""
-        own = self._places(keys)
-        others = self._derivable(keys - own.keys())
+        """Those rows, read; what damaged files alone held is left out."""
+        own = targets_at(self._own().places(keys))
         origins = {path: tuple(derived_sources(path)) for path in {path for path, _ in own.values()}}
-        found = {key: _Stored(targets, origins[own[key][0]]) for key, targets in targets_at(own).items()}
+        found = {key: _Stored(targets, origins[path]) for key, (path, targets) in own.items()}
         wanted = self._spec.targets
-        for key, targets in targets_at({key: place for key, (_, place) in others.items()}).items():
-            found[key] = _Stored(targets.narrowed(wanted.k, wanted.min_probability), (others[key][0],))
+        for source, rows in self._others().items():
+            for key, (_, targets) in targets_at(rows.places(keys - found.keys())).items():
+                found[key] = _Stored(targets.narrowed(wanted.k, wanted.min_probability), (source,))
         return found
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.dataset_shards.encode import EncodedRow, encoded_rows, supervised_positions
+from distill_assets.dataset_shards.encode import EncodedRow, Encoder, encoded_rows, supervised_positions
 from distill_assets.dataset_shards.rows import BadRow
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -24,7 +24,7 @@ from distill_assets.teacher_capture.chunks import Cost, Figures
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import capture_row_groups, statistics_problem
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import Capture
+from distill_assets.teacher_capture.store import IMPORT_AGAIN, Capture
 
 LEAST_POSITIONS = 100  # fewer say nothing about alignment
 LEAST_RATE = 0.05  # hits of a teacher that cannot guess follow its whims, not chance: an untrained one made 1% of 2,275
@@ -70,31 +70,32 @@ def check_complete(
 def _compared(spec: CaptureSpec, shard: Shard, capture: Capture) -> list[Figures]:
     """Sums of the capture's row groups; CaptureError where it is not its shard's."""
     where = f"shard {shard.key} ({capture.path})"
-    own = _OwnRows(shard, spec)
+    remedy = IMPORT_AGAIN if capture.is_imported else "delete the file and run again"
+    own = _OwnRows(shard, spec.encoder.of_imported() if capture.is_imported else spec.encoder)
     parts: list[Figures] = []
     captured = 0
     for group in capture_row_groups(capture.path):
         for row, wanted in zip(group, own, strict=False):
             if not _is_of(row, wanted):
                 own.count_the_rest()  # a shard that changed under way is another matter, and says so
-                raise CaptureError(f"{where}: row {row.row} is not the shard's; delete the file and run again")
+                raise CaptureError(f"{where}: row {row.row} is not the shard's; {remedy}")
         captured += len(group)
         parts.append(Figures.of(group, Cost(0, 0, 0.0)))
     own.count_the_rest()
     if captured != own.rows:
-        raise CaptureError(f"{where}: {captured} rows, the shard has {own.rows}; delete the file and run again")
+        raise CaptureError(f"{where}: {captured} rows, the shard has {own.rows}; {remedy}")
     if (capture.stats.bad_rows, capture.stats.rows_without_target) != (own.bad_rows, own.without_target):
-        raise CaptureError(f"{where}: its footer counts other rows that were left out; delete the file and run again")
+        raise CaptureError(f"{where}: its footer counts other rows that were left out; {remedy}")
     if reason := statistics_problem(capture, parts):
-        raise CaptureError(f"{where}: {reason}; delete the file and run again")
+        raise CaptureError(f"{where}: {reason}; {remedy}")
     return parts
 
 
 class _OwnRows:
     """The rows that a shard's capture should hold, encoded as they are asked for; counts them and those left out."""
 
-    def __init__(self, shard: Shard, spec: CaptureSpec) -> None:
-        self._encoded = encoded_rows(shard, spec.encoder)
+    def __init__(self, shard: Shard, encoder: Encoder) -> None:
+        self._encoded = encoded_rows(shard, encoder)
         self.rows = self.bad_rows = self.without_target = 0
 
     def __iter__(self) -> Iterator[EncodedRow]:

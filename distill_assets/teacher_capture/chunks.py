@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can 
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
 SHORT_LIVED = 1  # level of zstd for files that live as long as the capture is under way
-_BUDGET = "forward_tokens.json"
+_BUDGET, _IDENTITY = "forward_tokens.json", "identity.json"
 _FORCED = "forced"  # marks chunks that trust nothing captured before
 
 
@@ -163,12 +163,25 @@ def derived_sources(file: Path) -> list[str]:
     return list(footer.get("derived_from", ()))
 
 
-class ChunkFolder:
-    """The finished chunks of one shard version under one capture identity."""
+def told_identity(folder: Path) -> Mapping[str, Any] | None:
+    """The capture identity that a folder of finished chunks belongs to, or None where it does not say."""
+    try:
+        told = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) and "targets" in told else None
 
-    def __init__(self, folder: Path, targets: TargetSettings) -> None:
+
+class ChunkFolder:
+    """The finished chunks of one shard version under one capture identity.
+
+    The folder says which identity: other settings may be served by it before the capture is finished.
+    """
+
+    def __init__(self, folder: Path, targets: TargetSettings, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.targets = targets
+        self._identity = identity
 
     def _file(self, chunk: Chunk) -> Path:
         return self.folder / f"{chunk.start:09d}.parquet"
@@ -191,6 +204,8 @@ class ChunkFolder:
 
     def write(self, chunk: Chunk, table: pa.Table, figures: Figures, derived_from: Collection[str]) -> None:
         """Finish a chunk; from now on a kill does not cost it."""
+        if not (self.folder / _IDENTITY).exists():
+            write_json(self.folder / _IDENTITY, dict(self._identity))
         with replacing(self._file(chunk)) as beside, parquet_writer(beside, self.targets, SHORT_LIVED) as writer:
             writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}

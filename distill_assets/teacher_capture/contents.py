@@ -19,7 +19,7 @@ from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.fingerprints import SHORT
-from distill_assets.teacher_capture.derive import derivable, sources
+from distill_assets.teacher_capture.derive import sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import captured_rows
 from distill_assets.teacher_capture.store import IMPORTED, LOCK, CaptureStore
@@ -135,7 +135,7 @@ class Needs:
             except DistillError:
                 unreadable = unreadable | {shard.key}
                 continue
-            files |= {path for _, (path, _) in derivable(captured, keys).values()}
+            files |= {path for rows in captured.values() for at in rows.places(keys).values() for path, _ in at}
         own_files = self._store.files(self._spec.capture_id)
         return files | {path for (key, _), path in own_files.items() if key in unreadable}
 

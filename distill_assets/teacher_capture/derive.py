@@ -13,8 +13,9 @@ from typing import Any
 
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture.chunks import told_identity
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import KeyIndex, Place
+from distill_assets.teacher_capture.reuse import KeyIndex
 from distill_assets.teacher_capture.store import CaptureStore, read_capture
 
 
@@ -52,13 +53,12 @@ def _identity(store: CaptureStore, capture_id: str) -> Mapping[str, Any] | None:
             return read_capture(path).identity
         except CaptureError:
             continue  # the next file of this identity says the same
-    return None
+    return next(filter(None, map(told_identity, store.all_unfinished(capture_id))), None)
 
 
-def derivable(sources: Mapping[str, KeyIndex], keys: Collection[str]) -> dict[str, tuple[str, Place]]:
-    """Those of `keys` that `sources`, by capture id, hold: each with capture id and place of the first that does."""
-    found: dict[str, tuple[str, Place]] = {}
+def derivable(sources: Mapping[str, KeyIndex], keys: Collection[str]) -> dict[str, str]:
+    """Those of `keys` that `sources`, by capture id, hold: each with the id of the first that does."""
+    found: dict[str, str] = {}
     for capture_id, rows in sources.items():
-        places = rows.places([key for key in keys if key not in found])
-        found |= {key: (capture_id, place) for key, place in places.items()}
+        found |= {key: capture_id for key in keys if key not in found and key in rows}
     return found

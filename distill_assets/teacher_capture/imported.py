@@ -95,6 +95,11 @@ class ImportedContent:
         file.describe(footer, stats)
 
 
+def content_of(targets: SparseTargets) -> bytes:
+    """A hash of all that the targets of a row say."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(values).tobytes() for values in _arrays(targets))).digest()
+
+
 def _arrays(targets: SparseTargets) -> tuple[np.ndarray, ...]:
     return (
         targets.offsets_P1,
@@ -108,7 +113,7 @@ def _arrays(targets: SparseTargets) -> tuple[np.ndarray, ...]:
 
 def imported_source(
     spec: CaptureSpec, shard: Shard, store: CaptureStore, rows: Sequence[EncodedRow]
-) -> tuple[Capture, dict[str, Place]]:
+) -> tuple[Capture, dict[str, list[Place]]]:
     """The imported capture that an edited shard's rows are copied from, and the places of their keys in it.
 
     It was imported under the shard's own name and holds every row; of several the newest, for who imports a name
@@ -175,7 +180,7 @@ def copy_imported(spec: CaptureSpec, shard: Shard, store: CaptureStore, encoded:
                     raise PinnedCapture(
                         f"shard {shard.key}: {source.path} is damaged where it holds {row}; {IMPORT_AGAIN}"
                     )
-                rows = [CapturedRow.of(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
+                rows = [CapturedRow.of(chunk.start + i, row, targets[row.key][1]) for i, row in enumerate(chunk.rows)]
                 content.add(rows)
                 parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
                 file.append(to_arrow(rows, settings))

@@ -31,7 +31,7 @@ from distill_assets.teacher_capture.checks import LEAST_RATE, AlignedReport, cou
 from distill_assets.teacher_capture.chunks import SHORT_LIVED, Cost, Figures, total_stats
 from distill_assets.teacher_capture.foreign_rows import ForeignRow, ForeignRows
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.imported import ImportedContent
+from distill_assets.teacher_capture.imported import ImportedContent, content_of
 from distill_assets.teacher_capture.inspection import capture_row_groups, inspect_capture
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
@@ -121,12 +121,20 @@ def import_jsonl(
 
 def _rows(source: Path, foreign: ForeignRows, on_progress: ProgressListener) -> Iterator[ForeignRow]:
     total, began = count_lines(source), time.monotonic()
+    seen: dict[str, tuple[int, bytes]] = {}
     for line, value in read_json_lines(source):
         if line % LINES_A_REPORT == 0:
             on_progress(Progress("import", line, max(line, total), "line", time.monotonic() - began))
         row = foreign.read(line, value)
         if isinstance(row, BadRow):
             raise InterchangeError(f"{source} line {line}: {row.reason}\nnothing was imported")
+        said = content_of(row.targets)
+        before, said_before = seen.setdefault(row.encoded.key, (line, said))
+        if said != said_before:  # a row is known by its key, and would get either
+            raise InterchangeError(
+                f"{source} line {line}: its tokens and targets are those of line {before}, its log-probabilities are "
+                "not; keep one of the two\nnothing was imported"
+            )
         yield row
 
 

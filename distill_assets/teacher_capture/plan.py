@@ -7,14 +7,14 @@ current.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from distill_assets.dataset_shards.discover import Discovery, Shard
-from distill_assets.dataset_shards.encode import EncodedRow, encode_shard
+from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError, EditedImport, PinnedCapture
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.derive import derivable, sources
@@ -111,11 +111,12 @@ def plan_capture(
     plans: list[ShardPlan] = []
     todo: list[Shard] = []
     problems: list[str] = []
+    planned: set[str] = set()
     for problem in discovery.problems:
         plans.append(ShardPlan(problem.key, "failed", problem.message, None, 0, 0))
         problems.append(problem.message)
     for shard in discovery.shards:
-        plan = _plan_shard(shard, stored, experience)
+        plan = _plan_shard(shard, stored, experience, planned)
         plans.append(plan)
         if plan.state != "current":
             todo.append(shard)
@@ -162,23 +163,28 @@ def _state(shard: Shard, stored: _Stored) -> tuple[State, str, Capture | None]:
     return "new", "never captured", None
 
 
-def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> ShardPlan:
+def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience, planned: set[str]) -> ShardPlan:
+    """`planned`, to which the shard's are added, are keys of rows that shards before it bring to the teacher."""
     try:
         state, reason, current = _state(shard, stored)
         if current:
             return ShardPlan(shard.key, state, reason, current.stats.rows, 0, 0)
-        rows = encode_shard(shard, stored.spec.encoder).rows
         if stored.store.is_pinned(shard.key):
-            return _plan_copy(shard, state, reason, stored, rows)
+            return _plan_copy(shard, state, reason, stored)
+        rows = encode_shard(shard, stored.spec.encoder).rows
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     keys = {row.key for row in rows}
-    own = stored.rows.places(keys)
-    others = derivable(stored.rows_elsewhere, keys - own.keys())
+    missing = {key for key in keys if key not in stored.rows}
+    others = derivable(stored.rows_elsewhere, missing)
     if others:
-        from_ids = ", ".join(sorted({capture_id for capture_id, _ in others.values()}))
-        reason += f"; {len(others):,} rows can be derived from {from_ids}"
-    new = {row.key: row for row in rows if row.key not in own and row.key not in others}
+        reason += f"; {len(others):,} rows can be derived from {', '.join(sorted(set(others.values())))}"
+    missing -= others.keys()
+    if twice := missing & planned:
+        reason += f"; {len(twice):,} rows are captured with shards before it"
+        missing -= twice
+    new = {row.key: row for row in rows if row.key in missing}
+    planned.update(new)
     tokens = sum(len(row.input_ids) for row in new.values())
     positions = sum(int(row.loss_mask[1:].sum()) for row in rows)
     return ShardPlan(
@@ -193,8 +199,9 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience) -> Shard
     )
 
 
-def _plan_copy(shard: Shard, state: State, reason: str, stored: _Stored, rows: Sequence[EncodedRow]) -> ShardPlan:
+def _plan_copy(shard: Shard, state: State, reason: str, stored: _Stored) -> ShardPlan:
     """Of an imported shard that was edited; PinnedCapture for a row that was not imported."""
+    rows = encode_shard(shard, stored.spec.encoder.of_imported()).rows
     source, _ = imported_source(stored.spec, shard, stored.store, rows)
     positions = sum(int(row.loss_mask[1:].sum()) for row in rows)
     return ShardPlan(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
-from distill_assets.teacher_capture.store import CaptureStore, RowKey, read_row_group, read_row_keys
+from distill_assets.teacher_capture.store import UNFINISHED, CaptureStore, RowKey, read_row_group, read_row_keys
 
 Place = tuple[Path, int]  # a file and its row group
 
@@ -39,9 +39,17 @@ class KeyIndex:
             for row in self._files[path][1]:
                 self._places.setdefault(row.key, set()).add((path, row.row_group))
 
-    def places(self, keys: Collection[str]) -> dict[str, Place]:
-        """One place of each key that is held anywhere: of several always the same."""
-        return {key: min(self._places[key]) for key in keys if key in self._places}
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def places(self, keys: Collection[str]) -> dict[str, list[Place]]:
+        """Where each key that is held anywhere is held, always in the same order."""
+        return {key: sorted(self._places[key], key=_last_chunks) for key in keys if key in self._places}
+
+
+def _last_chunks(place: Place) -> tuple[bool, Place]:
+    """Captures before chunks of captures under way, which go when those are finished."""
+    return place[0].parent.name.startswith(UNFINISHED), place
 
 
 def _keys_or_none(path: Path) -> list[RowKey]:
@@ -67,16 +75,20 @@ def captured_rows(store: CaptureStore, capture_id: str) -> KeyIndex:
     return held(store.root / capture_id, store.reusable(capture_id))
 
 
-def targets_at(places: Mapping[str, Place]) -> dict[str, SparseTargets]:
-    """The stored targets of rows at known places; only the row groups that hold them are read.
+def targets_at(places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[Path, SparseTargets]]:
+    """The stored targets of rows at known places, and the files they are from; only row groups that hold them are
+    read.
 
-    Rows in a damaged part of a file are left out: for whoever asks, they are not captured.
+    A row in a damaged part of a file is read where it is held besides. Rows that are nowhere undamaged are
+    left out: for whoever asks, they are not captured.
     """
-    keys_at: dict[Place, set[str]] = {}
-    for key, place in places.items():
-        keys_at.setdefault(place, set()).add(key)
-    targets: dict[str, SparseTargets] = {}
-    for (path, group), keys in sorted(keys_at.items()):
-        with contextlib.suppress(CaptureError):
-            targets.update({row.key: row.targets for row in read_row_group(path, group, keys)})
-    return targets
+    found: dict[str, tuple[Path, SparseTargets]] = {}
+    for choice in range(max(map(len, places.values()), default=0)):
+        keys_at: dict[Place, set[str]] = {}
+        for key, held_at in places.items():
+            if key not in found and choice < len(held_at):
+                keys_at.setdefault(held_at[choice], set()).add(key)
+        for (path, group), keys in sorted(keys_at.items()):
+            with contextlib.suppress(CaptureError):
+                found.update({row.key: (path, row.targets) for row in read_row_group(path, group, keys)})
+    return found

@@ -41,7 +41,7 @@ FOOTER = b"distill"
 POSITION_MEANING = "position t holds the teacher's distribution of token t+1 given tokens <= t; logprob = -support_q/16"
 IMPORTED = "imported"  # the folder of pinned captures, and the source their footers name
 IMPORT_AGAIN = "import it again (`distill import --replace`)"
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 _SETTLED_NS = 2_000_000_000  # a folder's time of change may be this coarse
@@ -355,7 +355,11 @@ class CaptureStore:
 
     def unfinished(self, capture_id: str, shard: str, version: str) -> Path:
         """The folder for finished chunks of a capture that is under way."""
-        return self.root / capture_id / f"{_UNFINISHED}{shard}@{version[:SHORT]}"
+        return self.root / capture_id / f"{UNFINISHED}{shard}@{version[:SHORT]}"
+
+    def all_unfinished(self, capture_id: str) -> list[Path]:
+        """These folders of all captures under way."""
+        return sorted((self.root / capture_id).glob(f"{UNFINISHED}*"))
 
     def lock(self, capture_id: str, shard: str, version: str) -> Path:
         """The file that whoever captures this shard version has locked."""
@@ -364,7 +368,7 @@ class CaptureStore:
     def reusable(self, capture_id: str) -> list[Path]:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
         found = [*self.files(capture_id).values()]
-        for folder in sorted((self.root / capture_id).glob(f"{_UNFINISHED}*")):
+        for folder in self.all_unfinished(capture_id):
             with suppress(FileNotFoundError):  # its capture was finished in this moment
                 found += [path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
         return found

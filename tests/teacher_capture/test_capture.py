@@ -159,6 +159,20 @@ def test_rows_in_a_damaged_part_of_a_file_are_scored_again(bench: Bench) -> None
     assert (stats.rows_captured, stats.rows_reused) == (7, 0)
 
 
+def test_rows_that_are_whole_elsewhere_are_not_scored_again(bench: Bench) -> None:
+    damaged = capture(bench, "s0").capture.path
+    rewrite(bench, "s1", list(reversed(tiny.example_rows(6))))
+    whole = capture(bench, "s1").capture.path
+    for path, other in ((damaged, whole), (whole, damaged)):  # whichever is looked at first
+        before = path.read_bytes()
+        flip_a_bit(path)
+        rewrite(bench, "moved", tiny.example_rows(5))
+        stats = capture(bench, "moved").capture.stats
+        assert (stats.rows_captured, stats.rows_reused) == (0, 5), (path, other)
+        path.write_bytes(before)
+        bench.store.path_of(bench.spec.capture_id, "moved", bench.shards["moved"].version).unlink()
+
+
 def test_chosen_rows_do_not_keep_their_row_group_in_memory(bench: Bench) -> None:
     """The rows of a group are views of shared arrays; those chosen must have arrays of their own size."""
     path = capture(bench, "s0").capture.path

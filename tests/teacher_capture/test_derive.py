@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill_assets.dataset_shards.discover import discover_shards
+from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.derive import can_serve
@@ -54,6 +55,28 @@ def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder
         assert np.allclose(np.exp(a.tail_logprob_P), np.exp(b.tail_logprob_P), atol=1e-3)  # stored as float16
         kept += a.kept_P.tolist()
     assert min(kept) < max(kept) == 5  # both limits were met
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_chunks_of_a_capture_under_way_serve_fewer_ids_too(tmp_path: Path, teacher_folder: Path) -> None:
+    source = home(tmp_path / "home", teacher_folder, k=40)
+    tiny.write_jsonl(source.home.root / "shards" / "s0.jsonl", tiny.example_rows(120))
+
+    def stop(progress: Progress) -> None:
+        if progress.done > 0.8 * progress.total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        capture(source, batch_tokens=64, on_progress=stop)
+    source_id = source.spec.capture_id
+    left, bench = planned(source).rows_to_capture, home(tmp_path / "home", teacher_folder, k=8)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", tiny.example_rows(120))
+    assert 0 < left < 120 and planned(bench).rows_to_capture == left
+    derived = capture(bench).capture
+    assert derived.stats.rows_captured == left and derived.derived_from == (source_id,)
 
 
 def test_a_compact_capture_keeps_its_mass_when_narrowed(tmp_path: Path, teacher_folder: Path) -> None:

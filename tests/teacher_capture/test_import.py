@@ -25,6 +25,7 @@ from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, InterchangeError, PinnedCapture, UnreadableFile, UsageError
 from distill_assets.foundation.settings import DataSettings
 from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.checks import check_complete
 from distill_assets.teacher_capture.derive import sources
 from distill_assets.teacher_capture.importing import ImportReport, import_jsonl
 from distill_assets.teacher_capture.inspection import inspect_capture
@@ -34,7 +35,7 @@ from distill_assets.teacher_capture.reuse import captured_rows
 from distill_assets.teacher_capture.sparse_targets import ROUNDED_LOG_MASS
 from distill_assets.teacher_capture.store import FOOTER, read_row_keys, read_rows
 from tests import tiny
-from tests.bench import Bench
+from tests.bench import Bench, edit
 
 HALF = math.log(0.5)
 
@@ -119,6 +120,36 @@ def test_neither_serves_rows_of_the_other(bench: Bench) -> None:
     assert (stats.rows_captured, stats.rows_reused) == (4, 0)
     again = import_lines(bench, lines(2), "other").capture
     assert np.array_equal(read_rows(again.path)[0].targets.support_ids_N, [10, 40, 11, 41, 12, 42])
+
+
+@pytest.mark.parametrize("data", [{"supervise": "all"}, {"max_length": 3}])
+def test_settings_of_the_data_make_no_other_rows_of_it(bench: Bench, data: dict[str, Any]) -> None:
+    """Neither when it is checked, nor when it is edited: nobody here could make its log-probabilities again."""
+    rows = [row | {"loss_mask": [0, 0, 1, 1]} for row in lines()]
+    imported = import_lines(bench, rows)
+    edit(bench.home.root, data=data)
+    assert check_complete(bench.spec, [(bench.shards["s0"], imported.capture)]).problems == ()
+    imported.shard_file.write_text("".join(reversed(imported.shard_file.read_text().splitlines(True))))
+    assert planned(bench, "s0").state == "changed"
+    copied = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture
+    assert [row.key for row in read_rows(copied.path)] == [row.key for row in read_rows(imported.capture.path)][::-1]
+
+
+def test_what_is_wrong_with_an_import_asks_for_it_again(bench: Bench) -> None:
+    imported, other = import_lines(bench, lines()), import_lines(bench, lines(2), "other")
+    [problem] = check_complete(bench.spec, [(bench.shards["s0"], other.capture)]).problems
+    assert "2 rows, the shard has 3; import it again (`distill import --replace`)" in problem
+    assert imported.capture.path.is_file()
+
+
+def test_one_row_with_two_distributions_is_refused(bench: Bench) -> None:
+    """Rows are known by their keys: an edit of the shard would give both the same."""
+    row = lines(1)[0]
+    other = row | {"topk_logprobs": [[HALF, -2.5]] * 3 + [[]]}
+    with pytest.raises(InterchangeError, match=r"line 3: its tokens and targets are those of line 1, .* are not"):
+        import_lines(bench, [row, *lines(2)[1:], other])
+    assert not bench.home.captures.exists() or not list(bench.home.captures.rglob("*.parquet"))
+    assert import_lines(bench, [row, row]).capture.stats.rows == 2
 
 
 def test_the_same_again_is_nothing_to_do(bench: Bench) -> None:
@@ -518,7 +549,11 @@ def exact(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cal
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(exported_lines(), min_size=1, max_size=4))
+@given(
+    st.lists(
+        exported_lines(), min_size=1, max_size=4, unique_by=lambda line: str([line["input_ids"], line["loss_mask"]])
+    )
+)
 def test_what_was_exported_comes_back(exact: Any, lines: list[dict[str, Any]]) -> None:
     assert exact(lines) == lines
 

@@ -57,6 +57,18 @@ def test_touching_is_nothing_changing_is_counted_in_rows(bench: Bench) -> None:
     assert changed.estimated_bytes and changed.estimated_seconds is not None
 
 
+def test_rows_of_several_shards_go_to_the_teacher_once(bench: Bench) -> None:
+    for key in ("a", "b"):
+        tiny.write_jsonl(bench.home.root / "shards" / f"{key}.jsonl", tiny.example_rows(7))  # s0 has six of them
+    found = plan(bench)
+    assert [found[key].rows_to_capture for key in ("a", "b", "s0")] == [7, 0, 0]
+    assert found["b"].reason == "never captured; 7 rows are captured with shards before it"
+    tokens = {key: p.tokens_to_capture for key, p in found.items()}
+    for key, shard in bench.shards.items():
+        stats = capture_shard(bench.spec, shard, bench.store, device="cpu").capture.stats
+        assert (stats.rows_captured, stats.tokens_captured) == (found[key].rows_to_capture, tokens[key])
+
+
 def test_estimates_say_what_they_are_based_on(bench: Bench) -> None:
     first = plan(bench)["s0"]
     assert basis(bench) == (
