@@ -208,15 +208,15 @@ def run(
     shard: Annotated[list[str] | None, typer.Option(help="Capture only this shard and refresh the catalog.")] = None,
     only: Annotated[str | None, typer.Option(help="Materialise this asset alone.")] = None,
     device: DeviceOption = "auto",
+    processes: Annotated[int, typer.Option(min=1, help="Train in so many processes, one a device.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Capture again what is current.")] = False,
     rehash: RehashOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring everything up to date through Dagster runs; only what changed."""
-    _bring_up_to_date(
-        find_home(home), as_json, shards=shard or [], only=only, device=device, force=force, rehash=rehash
-    )
+    options = {"device": device, "processes": processes, "force": force, "rehash": rehash}
+    _bring_up_to_date(find_home(home), as_json, shards=shard or [], only=only, **options)
 
 
 def _bring_up_to_date(home: Home, as_json: bool, **options: Any) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from pydantic import Field
 
 from distill_assets.foundation.errors import SHARD_FAILURES
 from distill_assets.foundation.fingerprints import digest
@@ -44,6 +45,12 @@ class DeviceConfig(dg.Config):
 
     device: str = "auto"
     force: bool = False
+
+
+class TrainingConfig(DeviceConfig):
+    """How a student is trained."""
+
+    processes: int = Field(1, ge=1)  # of this machine, each with a device of its own; on a CPU they share it
 
 
 class CaptureConfig(DeviceConfig):
@@ -168,10 +175,10 @@ def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     )
 
 
-def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
+def _student(context: dg.AssetExecutionContext, config: TrainingConfig, kind: StudentKind) -> dg.MaterializeResult:
     states = look()
     written = config.force or not states.students.exists(kind)
-    record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
+    record = states.students.train(kind, **config.model_dump(), on_progress=progress_of(context))
     return dg.MaterializeResult(
         metadata=metadata.of_student(record, states.students.folder(kind), written),
         data_version=dg.DataVersion(record.spec.student_id),
@@ -182,7 +189,7 @@ def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: Stud
     **STUDENT,
     description="The student, trained on the captured distributions; loads with from_pretrained.",
 )
-def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+def student_model(context: dg.AssetExecutionContext, config: TrainingConfig) -> dg.MaterializeResult:
     return _student(context, config, "student")
 
 
@@ -190,7 +197,7 @@ def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg
     **STUDENT,
     description="The honest control: same start, rows, order and steps, hard labels only.",
 )
-def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+def control_student(context: dg.AssetExecutionContext, config: TrainingConfig) -> dg.MaterializeResult:
     if not find_home().settings().control:
         return dg.MaterializeResult(metadata={"control": "switched off"}, data_version=dg.DataVersion(OFF))
     return _student(context, config, "control")

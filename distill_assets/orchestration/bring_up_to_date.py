@@ -23,12 +23,14 @@ from distill_assets.orchestration.instance import close_dead_runs, holder_of, op
 from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
+from distill_assets.orchestration.training_processes import require_devices
 from distill_assets.student_evaluation.identity import HTML_FILE
 from distill_assets.teacher_capture.plan import CapturePlan, ShardPlan
 
 StepListener = Callable[[str], None]
 POOL_SECONDS = 1.0  # between two looks at a pool that is full
 WITH_DEVICE = frozenset({"teacher_capture", "student_model", "control_student", "student_evaluation"})
+TRAINED = frozenset({"student_model", "control_student"})
 
 
 @dataclass
@@ -78,6 +80,7 @@ def bring_up_to_date(
     shards: Sequence[str] = (),
     only: str | None = None,
     device: str = "auto",
+    processes: int = 1,
     force: bool = False,
     rehash: bool = False,
     on_step: StepListener = lambda line: None,
@@ -98,12 +101,14 @@ def bring_up_to_date(
         from distill_assets.foundation.devices import resolve_device
 
         resolve_device(device)  # before a shard is tried, and not once a shard
+    if processes > 1:
+        require_devices(device, processes)
     started = time.monotonic()
     report = RunReport() if report is None else report
     home.sweep()
     with open_instance(home) as instance, noticed_interrupts() as check_interrupt:
         pipeline = Pipeline(home, rehash=rehash)
-        walk = _Walk(definitions, instance, pipeline, report, device, force, on_step, check_interrupt)
+        walk = _Walk(definitions, instance, pipeline, report, device, processes, force, on_step, check_interrupt)
         try:
             if only is not None:
                 walk.only(only)
@@ -124,6 +129,7 @@ class _Walk:
         pipeline: Pipeline,
         report: RunReport,
         device: str,
+        processes: int,
         force: bool,
         on_step: StepListener,
         check_interrupt: Callable[[], None],
@@ -135,7 +141,7 @@ class _Walk:
         )
         self.graph = definitions.resolve_asset_graph()
         self.instance, self.pipeline, self.states = instance, pipeline, AssetStates(pipeline)
-        self.device, self.force, self.on_step = device, force, on_step
+        self.device, self.processes, self.force, self.on_step = device, processes, force, on_step
         self.check_interrupt = check_interrupt
         self.report = report
 
@@ -266,7 +272,11 @@ class _Walk:
 
     def _materialize(self, asset: str, partition: str | None = None, why: str | None = None) -> bool:
         """Run one asset; False when its body found its output there already and said so."""
-        config = {asset: {"device": self.device, "force": self.force}} if asset in WITH_DEVICE else {}
+        config: dict[str, dict[str, Any]] = {}
+        if asset in WITH_DEVICE:
+            config = {asset: {"device": self.device, "force": self.force}}
+        if asset in TRAINED:
+            config[asset]["processes"] = self.processes
         self._wait_for_pools(asset)
         selection: dict[str, Any] = {"asset_selection": [dg.AssetKey(asset)]}
         job = self.job

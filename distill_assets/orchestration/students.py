@@ -20,6 +20,7 @@ from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.orchestration import compatibility
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.student_ids import LEARNT_FROM, student_ids
+from distill_assets.orchestration.training_processes import train_in_processes
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
 from distill_assets.student_model.checkpoints import folder_under_way
 from distill_assets.student_model.identity import StudentKind
@@ -132,7 +133,13 @@ class StudentSide:
     # making ----------------------------------------------------------------------------------
 
     def train(
-        self, kind: StudentKind, *, device: str, force: bool, on_progress: ProgressListener = ignore_progress
+        self,
+        kind: StudentKind,
+        *,
+        device: str,
+        force: bool,
+        processes: int = 1,
+        on_progress: ProgressListener = ignore_progress,
     ) -> StudentRecord:
         """The student of this kind, trained unless it exists, and the catalog told of it."""
         self.require_inputs()
@@ -141,19 +148,38 @@ class StudentSide:
             self.ids = self._find_ids(anew=True)  # nothing is made under a name that is only remembered
         with alone(self.home.training / f"{self.ids[kind]}.lock"):  # two would work in one folder of checkpoints
             if force or not self.exists(kind):
-                self._train(kind, device, force, on_progress)
+                self._train(kind, device, force, processes, on_progress)
         refresh_lineage(self.home.catalog, self.home.students)
         return read_student(self.folder(kind))
 
-    def _train(self, kind: StudentKind, device: str, force: bool, on_progress: ProgressListener) -> None:
+    def _train(
+        self, kind: StudentKind, device: str, force: bool, processes: int, on_progress: ProgressListener
+    ) -> None:
         from distill_assets.foundation.devices import resolve_device
-        from distill_assets.student_model.training import train_student
         from distill_assets.teacher_capture.teacher import release_teacher
 
-        under_way = folder_under_way(self.home.training, self.ids[kind], str(resolve_device(device)))
+        where = [str(resolve_device(device)), *([processes] if processes > 1 else [])]
+        under_way = folder_under_way(self.home.training, self.ids[kind], " x ".join(map(str, where)))
         if force:
             remove(under_way)
         release_teacher()  # the student needs the room, and never the teacher
+        if processes == 1:
+            self.train_here(kind, device=device, under_way=under_way, on_progress=on_progress)
+        else:
+            train_in_processes(
+                self.home,
+                kind,
+                self.ids[kind],
+                under_way,
+                processes=processes,
+                device=device,
+                on_progress=on_progress,
+            )
+
+    def train_here(self, kind: StudentKind, *, device: str, under_way: Path, on_progress: ProgressListener) -> None:
+        """Train in this process, which may be one of several, whatever there is already."""
+        from distill_assets.student_model.training import train_student
+
         train_student(
             self._spec(kind),
             self._initial(device),

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor
@@ -47,6 +48,7 @@ from distill_assets.student_model.saving import CurvePoint, StudentReport, Stude
 from distill_assets.student_model.vocabulary import FitReport, fit_rows
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
+Told = TypeVar("Told")
 _WEIGHTS, _CURVE = "model.safetensors", "curve.json"  # of a checkpoint
 
 
@@ -74,7 +76,8 @@ def train_student(
 
     With a folder `under_way`, which is one training's at a time, a checkpoint is left there every `checkpoint_seconds`,
     and one that was killed goes on from it, on one CPU to the same bits as undisturbed; the folder is removed once the
-    student is saved. One process only: several start over.
+    student is saved. In one of several processes that accelerate launched, it trains with the others, and the first
+    saves.
     """
     target = resolve_device(device)
     if head_width(model) < spec.vocabulary.n_real:
@@ -108,9 +111,9 @@ def train_student(
             _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
         )
         before = None
-        if under_way is not None and arguments.world_size == 1:  # each of several would have its own clock
+        if under_way is not None:
             trainer.add_callback(_Checkpoints(checkpoint_seconds))
-            before = latest_checkpoint(checkpoints)
+            before = _told_by_first(latest_checkpoint(checkpoints) if trainer.is_world_process_zero() else None)
         trainer.train(resume_from_checkpoint=str(before) if before else None)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TrainingError(
@@ -256,15 +259,24 @@ class DistillationTrainer(Trainer):
         write_json(folder / _CURVE, {**told, "seconds": self.seconds})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's, marked whole at its end. That one cannot be written is no reason to stop."""
+        """Trainer's, marked whole at its end, when every process has written its part. That one cannot be written
+        is no reason to stop.
+        """
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        self.trouble = ""
+        trouble = ""
         try:
             super()._save_checkpoint(model, trial)
-            mark_whole(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            self.trouble = f", no checkpoint: {first_line(error)}"
-            remove(folder)
+            trouble = first_line(error)
+        self.trouble = next(filter(None, gather_object([trouble])), "")
+        if self.is_world_process_zero():
+            try:
+                if not self.trouble:
+                    mark_whole(folder)
+            except OSError as error:
+                self.trouble = first_line(error)
+            if self.trouble:
+                remove(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -313,14 +325,25 @@ def _the_item(items: list[dict[str, Any]]) -> dict[str, Any]:
     return item
 
 
+def _told_by_first(value: Told) -> Told:
+    """What the first of the training processes says; where there is one, its own."""
+    told = [value]
+    broadcast_object_list(told)
+    return told[0]
+
+
 class _Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so many seconds: how long a step takes, nobody knows beforehand."""
+    """Asks for a checkpoint every so many seconds: how long a step takes, nobody knows beforehand.
+
+    A clock for all processes, the first one's, since all write their part.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._last = seconds, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
+        is_due = _told_by_first(time.monotonic() - self._last >= self._seconds)
+        if is_due and state.global_step < state.max_steps:
             control.should_save, self._last = True, time.monotonic()
 
 
@@ -351,5 +374,6 @@ class _Watch(TrainerCallback):
                 ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce)
             )
             note += f", validation {kd if with_targets else ce:.4f}"
-        note += self._trainer.trouble
+        if self._trainer.trouble:
+            note += f", no checkpoint: {self._trainer.trouble}"
         self._on_progress(Progress(self._name, step, state.max_steps, "steps", self._trainer.seconds, note))

@@ -1,0 +1,94 @@
+"""Real processes that train one student together: as one alone, whatever ends whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distill_assets.foundation.errors import StaleInputs
+from distill_assets.foundation.home import Home
+from distill_assets.foundation.progress import Progress
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.students import StudentSide
+from distill_assets.orchestration.training_processes import require_devices, train_in_processes
+from distill_assets.student_model.saving import read_student
+from distill_assets.teacher_capture.capture import capture_shard
+from tests import tiny
+from tests.bench import Bench
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    root = tiny.make_home(
+        tmp_path_factory.mktemp("processes") / "home",
+        teacher_folder,
+        shards=2,
+        rows=9,
+        data={"validation": ["s1"]},
+        training={"epochs": 2},
+    )
+    Pipeline(Home(root)).check_tokenizers()
+    bench = Bench(root)
+    for shard in bench.shards.values():
+        capture_shard(bench.spec, shard, bench.store, device="cpu")
+    return root
+
+
+def test_two_processes_train_the_student_that_one_does(root: Path, tmp_path: Path) -> None:
+    """Shares of batches add up, batches of an odd number of rows included; the first process saves and tells."""
+    students = StudentSide(Pipeline(Home(root)))
+    seen: list[Progress] = []
+    students.train("student", device="cpu", force=True, processes=2, on_progress=seen.append)
+    together = read_student(students.folder("student")).report
+    students.train("student", device="cpu", force=True)
+    alone = read_student(students.folder("student")).report
+    assert [p.done for p in seen] == list(range(1, alone.steps + 1))
+    assert [p.tokens for p in together.curve] == [p.tokens for p in alone.curve]
+    for ours, theirs in (
+        ([p.loss for p in together.curve], [p.loss for p in alone.curve]),
+        ([p.kd for p in together.validation], [p.kd for p in alone.validation]),
+    ):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    assert not list(students.home.training.glob("*-*"))
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from distill_assets.foundation.home import Home
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.students import StudentSide
+
+def listen(progress):
+    print(progress.done, flush=True)
+
+students = StudentSide(Pipeline(Home(Path(sys.argv[1]))))
+students.train("student", device="cpu", force=True, processes=2, on_progress=listen)
+"""
+
+
+def test_processes_end_with_the_one_that_called_them(root: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", TRAIN, str(root)], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None and caller.stdout.readline()
+        family = psutil.Process(caller.pid).children(recursive=True)
+        assert len(family) >= 3  # the launcher and two that train
+        os.kill(caller.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def test_what_a_process_raises_is_raised_here(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(StaleInputs, match="changed while the student was about to be trained"):
+        train_in_processes(
+            Home(root), "student", "0" * 16, tmp_path, processes=2, device="cpu", on_progress=lambda p: None
+        )
+
+
+def test_on_a_cpu_any_number_of_processes_is_welcome() -> None:
+    require_devices("cpu", 3)
