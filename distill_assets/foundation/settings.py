@@ -193,6 +193,11 @@ class TargetSettings(Spec):
 class TrainingSettings(Spec):
     """How the student learns. All of it is part of the student's identity."""
 
+    where: NonEmpty | None = Field(
+        None,
+        description="SQL condition on the catalog's examples, such as mean_entropy < 4 AND NOT truncated: of the "
+        "training rows only those that fulfil it are learnt from",
+    )
     objective: Objective = Field(
         "forward_kl",
         description="forward_kl, reverse_kl, jsd: on the kept ids with one bucket for the tail; renormalized: forward "
@@ -229,6 +234,8 @@ class TrainingSettings(Spec):
         without = set() if targets.tail_samples else {"tail_sample_weight"}
         if self.temperature == 1.0:
             without.add("temperature")
+        if self.where is None:
+            without.add("where")
         return self.model_dump(exclude=without)
 
 

@@ -22,9 +22,11 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedCapture, first_line
@@ -146,14 +148,15 @@ def damaged(path: Path, error: Exception, remedy: str = "delete it and run again
     return CaptureError(f"{path}: damaged or unreadable ({first_line(error)}); {mend}")
 
 
-def read_rows(path: Path, to_learn_from: bool = False) -> list[CapturedRow]:
-    """All rows of a capture file, in order, as stored, or only what a student learns from; CaptureError when it is
-    damaged.
+def read_rows(path: Path, to_learn_from: bool = False, only: NDArray[np.int32] | None = None) -> list[CapturedRow]:
+    """The rows of a capture file, in order, as stored, or only what a student learns from; those numbered `only`, else
+    all. CaptureError when it is damaged.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             without = NOT_LEARNT_FROM if to_learn_from else frozenset()
-            return from_arrow(file.read([name for name in file.schema_arrow.names if name not in without]))
+            table = file.read([name for name in file.schema_arrow.names if name not in without])
+            return from_arrow(table if only is None else table.take(pa.array(only)))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise damaged(path, error) from error
 
