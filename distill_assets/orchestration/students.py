@@ -49,8 +49,11 @@ class StudentSide:
         return [row for choice in self._choices(role) for row in choice.read()]
 
     def _choices(self, role: str) -> list[Choice]:
-        """What of the captures is learnt from; validation rows are watched whole."""
-        return choices([entry.capture for entry in self._entries(role)], self._chosen if role == "train" else None)
+        """What of the captures is learnt from; validation rows are watched, all of them."""
+        captures = [entry.capture for entry in self._entries(role)]
+        if role != "train":
+            return [Choice(capture) for capture in captures]
+        return choices(captures, self.settings.training, self._chosen)
 
     @cached_property
     def _chosen(self) -> dict[str, Rows] | None:

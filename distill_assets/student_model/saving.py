@@ -197,7 +197,9 @@ Everything else, the loss of every step included, is in {RECORD_FILE}.
 
 
 def _choice(training: TrainingSettings) -> str:
-    return f"- Rows: of the training shards those with {training.where}\n" if training.where else ""
+    where = f"- Rows: of the training shards those with {training.where}\n" if training.where else ""
+    mixture = ", ".join(f"{pattern} {passes:g}" for pattern, passes in training.mixture.items())
+    return where + (f"- Passes an epoch over shards, where not one: {mixture}\n" if mixture else "")
 
 
 def _origin(origin: StudentSettings) -> str:

@@ -172,7 +172,9 @@ _NOT_JOINED = ("offsets_P1", "weights_N", "tail_sample_ids_PS")
 
 @dataclass(frozen=True)
 class CapturedRow:
-    """One example as the store gives it back. `weight` is the row's own training weight."""
+    """One example as the store gives it back. `weight` is the row's own training weight; `passes`, how often an epoch
+    a student is to see it, is not stored: that is a setting.
+    """
 
     row: int
     key: str
@@ -181,6 +183,7 @@ class CapturedRow:
     weight: float
     truncated: bool
     targets: SparseTargets
+    passes: float = 1.0
 
     @staticmethod
     def of(number: int, encoded: EncodedRow, targets: SparseTargets) -> CapturedRow:

@@ -163,11 +163,14 @@ def read_rows(path: Path, to_learn_from: bool = False, only: NDArray[np.int32] |
 
 @dataclass(frozen=True)
 class RowKey:
-    """A captured row by name, with its training weight, and the row group that holds it."""
+    """A captured row by name, with its training weight, the row group that holds it, and how often an epoch a
+    student is to see it.
+    """
 
     key: str
     weight: float
     row_group: int
+    passes: float = 1.0
 
 
 def read_row_keys(path: Path) -> list[RowKey]:

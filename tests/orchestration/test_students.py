@@ -108,6 +108,37 @@ def test_predicate_and_rows_are_in_the_id(root: Path) -> None:
         assert len({each[kind] for each in (everything, *found)}) == 5
 
 
+def test_a_mixture_leaves_out_and_repeats_whole_rows(root: Path) -> None:
+    edit(root, training={"mixture": {"s0": 0, "s1": 0.5, "s2": 2}, "epochs": 2})
+    record = train(root)
+    listed = ask(root, "SELECT shard, examples, chosen IS NULL FROM student_captures ORDER BY ALL")
+    assert listed == [("s1", 10, True), ("s2", 10, True)]
+    tokens = dict(ask(root, "SELECT shard, supervised_tokens FROM captures"))
+    assert record.report.supervised_tokens == tokens["s1"] + 4 * tokens["s2"]  # type: ignore[operator]
+    assert "s0 0, s1 0.5, s2 2" in (root / "students" / record.spec.student_id / "README.md").read_text()
+
+    edit(root, training={"mixture": {"s*": 0.3}, "where": "row < 5", "epochs": 1})
+    record = train(root)
+    name = record.spec.student_id
+    seen = ask(root, f"SELECT row FROM student_examples WHERE student_id = '{name}'")
+    assert 0 < len(seen) == record.report.rows < 15 and {row for (row,) in seen} <= set(range(5))
+
+
+def test_what_a_shard_is_called_is_not_part_of_a_mixture(root: Path) -> None:
+    edit(root, training={"mixture": {"s1": 0.5}})
+    before = ids(root)
+    (root / "shards" / "s1.jsonl").rename(root / "shards" / "web.jsonl")
+    capture_all(root)
+    edit(root, training={"mixture": {"web*": 0.5}})
+    assert ids(root) == before
+    edit(root, training={"mixture": {"web*": 0.6}})
+    assert ids(root) != before
+    edit(root, training={"mixture": {"*": 1}})
+    everything = ids(root)
+    edit(root, training={"mixture": {}})
+    assert ids(root) == everything
+
+
 def test_rows_that_come_change_the_id_only_where_they_are_chosen(root: Path) -> None:
     edit(root, training={"where": "shard <> 's9'"})
     before = ids(root)
