@@ -87,7 +87,7 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
         if (position_N + 1 >= lengths_B[row_N]).any():
             raise IndexError("a position has no token after it in its row")
         labels_BT[row_N, position_N] = ids_BT[row_N, position_N + 1]
-    weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
+    weights = [_position_weights(row) for row in rows]
     batch = {
         "ids_BT": torch.from_numpy(ids_BT),
         "labels": torch.from_numpy(labels_BT),
@@ -96,6 +96,13 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     if with_targets:
         batch |= _targets([row.targets for row in rows])
     return batch
+
+
+def _position_weights(row: CapturedRow) -> np.ndarray:
+    """What each of a row's positions counts [P]."""
+    if row.position_weights is None:
+        return np.full(row.targets.n_positions, row.weight, dtype=np.float32)
+    return np.float32(row.weight) * row.position_weights
 
 
 def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:

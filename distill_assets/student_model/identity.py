@@ -21,12 +21,14 @@ _TARGETS_ONLY = {
 
 
 class WeightedRow(Protocol):
-    """Anything that knows its row key, training weight and passes an epoch; a `CapturedRow` does."""
+    """Anything that knows its row key, weight, hash of position weights and passes an epoch; a `CapturedRow` does."""
 
     @property
     def key(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def weighting(self) -> str: ...
     @property
     def passes(self) -> float: ...
 
@@ -69,4 +71,5 @@ def student_id(
 
 def _learnt(row: WeightedRow) -> list[str | float]:
     """A row as it makes a difference to the student; what says nothing is left out, so that ids stay as they were."""
-    return [row.key, row.weight] if row.passes == 1 else [row.key, row.weight, row.passes]
+    plain = row.passes == 1 and not row.weighting
+    return [row.key, row.weight] if plain else [row.key, row.weight, row.passes, row.weighting]

@@ -155,7 +155,7 @@ def _folder_for(under_way: Path | None) -> Iterator[Path]:
 def _usable(
     rows: Sequence[CapturedRow], spec: StudentSpec, model: PreTrainedModel
 ) -> tuple[list[CapturedRow], FitReport]:
-    ordered = sorted(rows, key=lambda row: (row.key, row.weight, row.passes))
+    ordered = sorted(rows, key=lambda row: (row.key, row.weight, row.passes, row.weighting))
     embeddings: Any = model.get_input_embeddings()
     fitted, fit = fit_rows(ordered, spec.vocabulary, len(embeddings.weight))
     if not fitted:

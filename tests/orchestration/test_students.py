@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.capture_catalog.verify import verify_catalog
-from distill_assets.foundation.errors import SettingsError, StaleInputs
+from distill_assets.foundation.errors import CaptureError, SettingsError, StaleInputs
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
@@ -150,6 +151,47 @@ def test_rows_that_come_change_the_id_only_where_they_are_chosen(root: Path) -> 
     tiny.write_jsonl(root / "shards" / "s9.jsonl", tiny.example_rows(3, start=500))
     capture_all(root)
     assert ids(root) != other
+
+
+def test_weights_of_positions_are_in_the_id_and_cost_no_teacher(root: Path) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The cat sat"}]
+    tiny.write_jsonl(root / "shards" / "s0.jsonl", [{"messages": talk}, *tiny.example_rows(2)])
+    capture_all(root)
+    before = ids(root)
+    tiny.write_jsonl(
+        root / "shards" / "s0.jsonl", [{"messages": [talk[0], {**talk[1], "weight": 0.5}]}, *tiny.example_rows(2)]
+    )
+    capture_all(root)
+    after = ids(root)
+    assert all(after[kind] != before[kind] for kind in ("student", "control"))
+    assert ask(root, "SELECT sum(rows_captured) FROM captures WHERE shard = 's0'") == [(0,)]
+    assert ask(root, "SELECT count(*) > 0 FROM positions WHERE shard = 's0' AND row = 0") == [(True,)]
+    assert ask(root, "SELECT count(DISTINCT shard) FROM positions") == [(4,)]  # files with the column and without
+
+
+def test_a_damaged_capture_makes_no_student(root: Path) -> None:
+    capture = next((root / "captures").glob("*/s1@*.parquet"))
+    content = bytearray(capture.read_bytes())
+    content[len(content) // 3] ^= 0xFF  # its footer is whole, so it is current
+    capture.write_bytes(content)
+    with pytest.raises(CaptureError, match=r"s1@.*damaged or unreadable .*; delete it and run again"):
+        train(root)
+    assert not list((root / "students").glob("*/model.safetensors"))
+
+
+def test_a_capture_of_another_tokenizer_makes_no_student(root: Path, tmp_path: Path) -> None:
+    files = list((root / "captures").glob("*/*.parquet"))
+    other = tiny.save_model(tmp_path / "other", tiny.train_tokenizer([text[::-1] for text in tiny.TEXT]))
+    edit(root, teacher={"model": str(other)})
+    home = Home(root)
+    Pipeline(home).check_tokenizers()
+    folder = root / "captures" / Pipeline(home).spec.capture_id
+    folder.mkdir()
+    for file in files:  # under the name that one of this teacher would have
+        shutil.copy(file, folder)
+    assert len(Pipeline(home).uncaptured) == 4
+    with pytest.raises(StaleInputs, match="has no current capture, so no student is trained"):
+        train(root)
 
 
 def test_while_the_catalog_is_behind_nobody_is_named(root: Path) -> None:

@@ -66,6 +66,13 @@ def test_collation_puts_labels_where_they_are_predicted_and_targets_in_label_ord
     np.testing.assert_allclose(batch["tail_logprob_N"].exp(), [0.2, 0.1, 0.02 / 1.04], rtol=1e-6)
 
 
+def test_a_position_counts_its_own_weight_times_its_rows() -> None:
+    long = row_of([5, 6, 7, 8], [1, 2], [{7: 0.6}, {8: 0.9}], [0.4, 0.1])
+    short = row_of([3, 4], [0], [{4: 0.5}], [0.5])
+    weighted = replace(long, weight=2.0, position_weights=np.array([0.5, 3.0], np.float32))
+    assert collate([weighted, short], with_targets=False)["weight_N"].tolist() == [1.0, 6.0, 1.0]
+
+
 def test_the_control_sees_the_same_rows_without_targets() -> None:
     row = row_of([5, 6, 7], [0, 1], [{6: 0.9}, {7: 0.9}], [0.1, 0.1])
     student, control = collate([row], with_targets=True), collate([row], with_targets=False)

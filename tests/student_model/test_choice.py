@@ -25,6 +25,7 @@ class Row:
     key: str
     passes: float
     weight: float = 1.0
+    weighting: str = ""
 
 
 def row(number: int, passes: float) -> Row:

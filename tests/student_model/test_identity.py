@@ -16,6 +16,7 @@ from distill_assets.student_model.vocabulary import StudentVocabulary
 class Row:
     key: str
     weight: float = 1.0
+    weighting: str = ""
     passes: float = 1.0
 
 
@@ -38,6 +39,7 @@ EVERYTHING = [
     {"rows": [Row("a"), Row("b")]},
     {"rows": [Row("a"), Row("b", 2.0), Row("a")]},
     {"rows": [Row("a", passes=0.5), Row("b", 2.0)]},
+    {"rows": [Row("a", weighting="0f"), Row("b", 2.0)]},
     {"training": TrainingSettings(where="row > 0")},
     {"validation": []},
     {"training": TrainingSettings(seed=1)},
