@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from workload import BenchHome, Row, arguments, as_shard, random_model, scratch, seconds_of, show
 
+from distill_assets.capture_catalog.choosing import chosen_rows
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, refresh_catalog
 from distill_assets.teacher_capture.capture import capture_shard
@@ -68,6 +69,9 @@ def measure(home: BenchHome, captures: list[Capture]) -> list[dict[str, Any]]:
     by_key = [seconds_of(lambda: ask(f"SELECT * FROM example('{key}')")) for _ in range(REPEATS)]
     chosen = "SELECT shard, row, key FROM examples WHERE teacher_perplexity > 2 USING SAMPLE 10000 ROWS"
     sample = [seconds_of(lambda: ask(chosen)) for _ in range(REPEATS)]
+    identity = refresh().identity
+    ask_each = lambda: chosen_rows(home.home.catalog, home.home.captures, identity, "hash(key) % 2 = 0")  # noqa: E731
+    condition = [seconds_of(ask_each) for _ in range(REPEATS)]
     shutil.rmtree(home.home.captures)
     return [
         {"what": "built anew", "seconds": anew, "of building anew": 1.0},
@@ -77,6 +81,7 @@ def measure(home: BenchHome, captures: list[Capture]) -> list[dict[str, Any]]:
                 ("refresh after one changed shard", changed),
                 ("an example by its key, with opening the catalog", by_key),
                 ("10,000 examples drawn of those above a perplexity", sample),
+                ("half of all examples, as training.where chooses them", condition),
             )
         ),
     ]

@@ -13,13 +13,15 @@ LINEAGE_FILE = "distillation.json"
 
 @dataclass(frozen=True)
 class StudentLineage:
-    """A student and the captures it learnt from: (shard, version, capture_id, examples)."""
+    """A student and the captures it learnt from: (shard, version, capture_id, examples, chosen), of which the last
+    has a bit for each row, the first row's first, and is None where it learnt from all.
+    """
 
     student_id: str
     kind: str
     folder: str
     created: str
-    captures: tuple[tuple[str, str, str, int], ...]
+    captures: tuple[tuple[str, str, str, int, bytes | None], ...]
 
 
 def read_lineages(students: Path) -> list[StudentLineage]:
@@ -36,7 +38,8 @@ def read_lineages(students: Path) -> list[StudentLineage]:
             record = json.loads(file.read_text(encoding="utf-8"))
             spec = record["spec"]
             captures = tuple(
-                (str(c["shard"]), str(c["version"]), str(c["capture_id"]), int(c["rows"])) for c in spec["captures"]
+                (str(c["shard"]), str(c["version"]), str(c["capture_id"]), int(c["rows"]), _chosen(c.get("chosen")))
+                for c in spec["captures"]
             )
             lineages.append(
                 StudentLineage(
@@ -50,3 +53,7 @@ def read_lineages(students: Path) -> list[StudentLineage]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return lineages
+
+
+def _chosen(bits: str | None) -> bytes | None:
+    return None if bits is None else bytes.fromhex(bits or "00")  # DuckDB knows no bit string without bits

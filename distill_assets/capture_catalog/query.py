@@ -7,7 +7,8 @@ gets through DuckDB's own sandbox. The sandbox then keeps a SELECT from reading 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import duckdb
 
 from distill_assets.capture_catalog.schema import quoted
-from distill_assets.foundation.errors import CatalogError, UsageError
+from distill_assets.foundation.errors import CatalogError, UsageError, first_line
 
 _EXPLAIN = re.compile(r"\s*explain(\s+analyze)?\s", re.IGNORECASE)
 
@@ -30,31 +31,41 @@ class QueryResult:
 
 def run_query(catalog: Path, captures: Path, sql: str) -> QueryResult:
     """Run one SELECT (or EXPLAIN of one). UsageError for another statement, CatalogError for SQL errors."""
+    with reading(catalog, captures) as connection:
+        try:
+            _require_select(connection, sql)
+            cursor = connection.execute(sql)
+            columns = tuple(column[0] for column in cursor.description or [])
+            return QueryResult(columns, tuple(cursor.fetchall()))
+        except duckdb.Error as error:
+            raise CatalogError(f"the query failed: {first_line(error)}") from error
+
+
+@contextmanager
+def reading(catalog: Path, captures: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that reads the catalog and the files in `captures`, and nothing else. CatalogError without one."""
     if not catalog.exists():
         raise CatalogError(f"{catalog} does not exist yet; `distill run` makes it")
     try:
         connection = duckdb.connect(catalog, read_only=True)
     except duckdb.Error as error:
         raise CatalogError(f"{catalog}: not a readable DuckDB file; `distill run` builds it anew") from error
-    try:
-        for setting in (
-            "SET TimeZone = 'UTC'",
-            f"SET allowed_directories = [{quoted(str(captures))}]",
-            "SET enable_external_access = false",
-            "SET autoinstall_known_extensions = false",
-            "SET autoload_known_extensions = false",
-            "SET lock_configuration = true",
-        ):
-            connection.execute(setting)
-        _require_select(connection, sql)
-        cursor = connection.execute(sql)
-        columns = tuple(column[0] for column in cursor.description or [])
-        return QueryResult(columns, tuple(cursor.fetchall()))
-    except duckdb.Error as error:
-        first = next(line for line in str(error).splitlines() if line.strip())
-        raise CatalogError(f"the query failed: {first}") from error
-    finally:
-        connection.close()
+    with connection:
+        lock_down(connection, [captures])
+        yield connection
+
+
+def lock_down(connection: duckdb.DuckDBPyConnection, folders: Sequence[Path] = ()) -> None:
+    """From now on the connection reads no other files than those in `folders`, and this cannot be taken back."""
+    for setting in (
+        "SET TimeZone = 'UTC'",
+        f"SET allowed_directories = [{', '.join(quoted(str(folder)) for folder in folders)}]",
+        "SET enable_external_access = false",
+        "SET autoinstall_known_extensions = false",
+        "SET autoload_known_extensions = false",
+        "SET lock_configuration = true",
+    ):
+        connection.execute(setting)
 
 
 def mass_by_rank(catalog: Path, captures: Path, shards: Sequence[str], rows: int) -> list[float]:

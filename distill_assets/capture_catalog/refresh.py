@@ -279,7 +279,7 @@ def _write_students(connection: duckdb.DuckDBPyConnection, students: Sequence[St
         "students",
         [{"student_id": s.student_id, "kind": s.kind, "folder": s.folder, "created": s.created} for s in students],
     )
-    names = ("shard", "version", "capture_id", "examples")
+    names = ("shard", "version", "capture_id", "examples", "chosen")
     used = [{"student_id": s.student_id, **dict(zip(names, c, strict=True))} for s in students for c in s.captures]
     _insert(connection, "student_captures", used)
 

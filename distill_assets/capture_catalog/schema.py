@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 TABLES = """
 CREATE TABLE catalog_meta (schema_version INTEGER, home VARCHAR, identity VARCHAR);
@@ -39,7 +39,7 @@ CREATE TABLE students (
     student_id VARCHAR, kind VARCHAR, folder VARCHAR, created TIMESTAMPTZ
 );
 CREATE TABLE student_captures (
-    student_id VARCHAR, shard VARCHAR, version VARCHAR, capture_id VARCHAR, examples INTEGER
+    student_id VARCHAR, shard VARCHAR, version VARCHAR, capture_id VARCHAR, examples INTEGER, chosen BIT
 );
 CREATE VIEW captures AS SELECT * EXCLUDE (number, current) FROM capture_files WHERE current;
 CREATE VIEW capture_history AS SELECT * EXCLUDE (number, current) FROM capture_files WHERE NOT current;
@@ -54,7 +54,8 @@ SELECT s.student_id, s.kind, c.shard, e.row, e.key, e.id, c.current, c.capture_i
 FROM students AS s
 JOIN student_captures AS l USING (student_id)
 JOIN capture_files AS c ON (c.shard, c.capture_id, c.version) = (l.shard, l.capture_id, l.version)
-JOIN capture_examples AS e ON e.capture = c.number;
+JOIN capture_examples AS e ON e.capture = c.number
+WHERE CASE WHEN l.chosen IS NULL THEN true WHEN e.row < bit_length(l.chosen) THEN get_bit(l.chosen, e.row) = 1 END;
 
 -- Membership is asked of each column alone: only so DuckDB leaves out what cannot hold the row, and a place that is
 -- listed twice is found once.

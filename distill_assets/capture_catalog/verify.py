@@ -151,7 +151,7 @@ def _students_listed(connection: duckdb.DuckDBPyConnection) -> dict[str, _Learnt
     kinds = dict(connection.execute("SELECT student_id, kind FROM students").fetchall())
     used: dict[str, set[tuple[Any, ...]]] = {name: set() for name in kinds}
     for name, *capture in connection.execute(
-        "SELECT student_id, shard, version, capture_id, examples FROM student_captures"
+        "SELECT student_id, shard, version, capture_id, examples, chosen::BLOB FROM student_captures"
     ).fetchall():
         used.setdefault(name, set()).add(tuple(capture))
     return {name: (kinds.get(name), captures) for name, captures in used.items()}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+Weights = NDArray[np.float32]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ufdd0content\ufdd0"  # begins with a code point that no text has
@@ -65,28 +66,36 @@ class ChatEncoder:
         self._template = _DATE_MACRO + template if "strftime_now" in template else template
         self._added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int32)
 
-    def encode(self, messages: Sequence[Message], max_length: int, every: bool) -> tuple[Ids, Mask, bool]:
-        """Ids [T] and mask [T] of the conversation cut to `max_length`, and whether it was cut.
+    def encode(
+        self, messages: Sequence[Message], max_length: int, every: bool
+    ) -> tuple[Ids, Mask, Weights | None, bool]:
+        """Ids [T], mask [T] and weights [T] of the conversation cut to `max_length`, and whether it was cut.
 
         Supervised is what the assistant writes: each of its turns' content and end-of-turn token,
-        not the header before it; with `every`, all tokens. Raises ChatProblem.
+        not the header before it; with `every`, all tokens. The weights are those of the turns, 1 between them, and None
+        where no turn has one. Raises ChatProblem.
         """
+        turns = [message.weight for message in messages if message.role == "assistant"]
+        weighs_more_or_less = any(weight != 1 for weight in turns)
         text = self._render(messages)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids_T = np.array(encoding["input_ids"][:max_length], dtype=np.int32)
         truncated = len(encoding["input_ids"]) > max_length
-        if every:
-            return ids_T, np.ones(len(ids_T), dtype=bool), truncated
+        if every and not weighs_more_or_less:
+            return ids_T, np.ones(len(ids_T), dtype=bool), None, truncated
         offsets_T2 = np.array(encoding["offset_mapping"][:max_length], dtype=np.int64).reshape(-1, 2)
-        mask_T = np.zeros(len(ids_T), dtype=bool)
+        mask_T, weights_T = np.full(len(ids_T), every), np.ones(len(ids_T), dtype=np.float32)
         try:
-            for span in self._spans(messages, text, int(offsets_T2[:, 1].max(initial=0))):
-                mask_T |= self._written(text, ids_T, offsets_T2, span)
+            spans = self._spans(messages, text, int(offsets_T2[:, 1].max(initial=0)))
+            for span, weight in zip(spans, turns, strict=False):
+                written_T = self._written(text, ids_T, offsets_T2, span)
+                mask_T |= written_T
+                weights_T[written_T] = weight
         except ChatProblem as problem:
-            if not _GENERATION.search(self._template):
+            if weighs_more_or_less or not _GENERATION.search(self._template):  # marks do not say whose they are
                 raise
             mask_T = self._marked_by_template(messages, str(problem))[:max_length]
-        return ids_T, mask_T, truncated
+        return ids_T, mask_T, weights_T if weighs_more_or_less else None, truncated
 
     def _spans(self, messages: Sequence[Message], text: str, limit: int) -> Iterator[tuple[int, int]]:
         """Span of each assistant turn that starts before `limit`.

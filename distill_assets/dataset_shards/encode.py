@@ -39,7 +39,8 @@ class EncodedRow:
 
     `key` names ids and mask, and nothing else: equal rows of other shards, with other ids or
     weights, have equal keys. `truncated`: tokens were cut off to fit `max_length`. `line`: where it stands
-    in its shard, from 1.
+    in its shard, from 1. `token_weights` [T] float32: what each target counts besides the row's own weight; None where
+    each counts 1.
     """
 
     input_ids: NDArray[np.int32]
@@ -49,6 +50,12 @@ class EncodedRow:
     weight: float
     truncated: bool
     line: int
+    token_weights: NDArray[np.float32] | None = None
+
+    @property
+    def position_weights(self) -> NDArray[np.float32] | None:
+        """The weights of the supervised positions, in their order."""
+        return None if self.token_weights is None else self.token_weights[1:][self.loss_mask[1:]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class EncodedShard:
     bad_rows: tuple[BadRow, ...]
     n_without_target: int
     n_truncated: int
+
+    @property
+    def has_position_weights(self) -> bool:
+        return any(row.token_weights is not None for row in self.rows)
 
 
 def row_key(input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> str:
@@ -128,7 +139,7 @@ class Encoder:
 
     def _encode(self, row: Row, tokenized: Mapping[str, Sequence[int]]) -> EncodedRow | BadRow:
         try:
-            ids, mask, truncated = self._ids_and_mask(row.content, tokenized)
+            ids, mask, weights, truncated = self._ids_and_mask(row.content, tokenized)
         except (_BadIds, ChatProblem) as problem:
             return BadRow(row.line, str(problem))
         ids_T = np.array(ids, dtype=np.int32)
@@ -136,11 +147,12 @@ class Encoder:
         if self._data.supervise == "all":
             mask_T[:] = True
         mask_T[:1] = False
-        return EncodedRow(ids_T, mask_T, row_key(ids_T, mask_T), row.id, row.weight, truncated, row.line)
+        key = row_key(ids_T, mask_T)
+        return EncodedRow(ids_T, mask_T, key, row.id, row.weight, truncated, row.line, _other_than_one(weights, mask_T))
 
     def _ids_and_mask(
         self, content: Text | Completion | Chat | Ids, tokenized: Mapping[str, Sequence[int]]
-    ) -> tuple[ArrayLike, ArrayLike, bool]:
+    ) -> tuple[ArrayLike, ArrayLike, ArrayLike | None, bool]:
         longest = self._data.max_length
         match content:
             case Text(text):
@@ -149,19 +161,19 @@ class Encoder:
                 return self._with_ends(tokenized[prompt], tokenized[completion])
             case Chat(messages):
                 return self._chat.encode(messages, longest, every=self._data.supervise == "all")
-            case Ids(ids, given):
+            case Ids(ids, given, weights):
                 self._check(ids)
                 mask = (True,) * len(ids) if given is None else given
-                return ids[:longest], mask[:longest], len(ids) > longest
+                return ids[:longest], mask[:longest], weights and weights[:longest], len(ids) > longest
 
-    def _with_ends(self, prompt: Sequence[int], target: Sequence[int]) -> tuple[ArrayLike, ArrayLike, bool]:
+    def _with_ends(self, prompt: Sequence[int], target: Sequence[int]) -> tuple[ArrayLike, ArrayLike, None, bool]:
         longest = self._data.max_length
         end = [] if list(target[-1:]) == self._eos else self._eos
         ids = [*self._front, *prompt, *target, *end]
         truncated = len(ids) > longest
         n_unsupervised = len(self._front) + len(prompt)
         mask = [t >= n_unsupervised for t in range(min(len(ids), longest))]
-        return ids[:longest], mask, truncated
+        return ids[:longest], mask, None, truncated
 
     def _tokenize(self, texts: Sequence[str]) -> dict[str, Sequence[int]]:
         """Ids of each text, nothing inserted."""
@@ -173,6 +185,14 @@ class Encoder:
                 raise _BadIds(f"input_ids[{i}] is {value}, but the teacher's ids end at {self.n_real - 1}")
             if value not in self.ids_with_token:
                 raise _BadIds(f"input_ids[{i}] is {value}, an id the teacher's tokenizer has no token for")
+
+
+def _other_than_one(weights: ArrayLike | None, mask_T: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+    """The weights of the targets, 1 elsewhere; None where all are 1, which is what no weights mean."""
+    if weights is None:
+        return None
+    weights_T = np.where(mask_T, np.array(weights, dtype=np.float32), np.float32(1))
+    return None if (weights_T == 1).all() else weights_T
 
 
 class _BadIds(Exception):

@@ -1,8 +1,9 @@
 """The kinds of row a shard may hold, and how one mapping of values becomes one.
 
 A row is one of {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}]} or
-{"input_ids"[, "loss_mask"]}, with an optional "id" and "weight". A null counts as absent (Parquet
-has columns for every kind); keys of other names are the user's own and are ignored.
+{"input_ids"[, "loss_mask"][, "token_weights"]}, with an optional "id" and "weight"; an assistant's message may have a
+"weight" too. A null counts as absent (Parquet has columns for every kind); keys of other names are the user's own and
+are ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ KIND_OF = {
     "messages": "messages",
     "input_ids": "input_ids",
     "loss_mask": "input_ids",
+    "token_weights": "input_ids",
 }
 KNOWN_KEYS = (*KIND_OF, "id", "weight")
+_HEAVIEST = 3.4e38  # about what a float32 holds, which is what a weight is stored as
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Completion:
 class Message:
     role: str
     content: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Ids:
-    """Ready-made ids. `loss_mask` is None when the row has none."""
+    """Ready-made ids. `loss_mask` and `token_weights` are None when the row has none."""
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...] | None
+    token_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,31 +135,49 @@ def _message_of(values: Mapping[str, Any]) -> Message:
         raise _Refused(f"role is {role!r}; allowed are {', '.join(ROLES)}")
     if values.get("tool_calls"):  # dropping it would leave a conversation that never took place
         raise _Refused("tool_calls are not supported; write the call into content")
-    return Message(role, _string("content", values.get("content")))
+    content = _string("content", values.get("content"))
+    if (weight := values.get("weight")) is None:
+        return Message(role, content)
+    if role != "assistant":
+        raise _Refused(f"weight belongs to messages of the assistant, not to one of role {role}")
+    return Message(role, content, _weight(weight))
 
 
 def _ids(values: Mapping[str, Any]) -> Ids:
     if "input_ids" not in values:
-        raise _Refused("loss_mask without input_ids")
+        raise _Refused(f"{'loss_mask' if 'loss_mask' in values else 'token_weights'} without input_ids")
     ids = values["input_ids"]
     if not isinstance(ids, list) or not ids:
         raise _Refused("input_ids must be a list of at least one integer")
     for i, value in enumerate(ids):
         if type(value) is not int or value < 0:
             raise _Refused(f"input_ids[{i}] is {value!r}; an id is an integer of at least 0")
-    mask = values.get("loss_mask")
-    return Ids(tuple(ids), None if mask is None else _mask(mask, len(ids)))
+    mask, weights = values.get("loss_mask"), values.get("token_weights")
+    return Ids(
+        tuple(ids),
+        None if mask is None else _mask(mask, len(ids)),
+        None if weights is None else _token_weights(weights, len(ids)),
+    )
 
 
 def _mask(mask: object, length: int) -> tuple[bool, ...]:
-    if not isinstance(mask, list):
-        raise _Refused(f"loss_mask must be a list, not {_kind(mask)}")
-    if len(mask) != length:
-        raise _Refused(f"loss_mask has {len(mask)} entries for {length} input_ids")
-    for i, value in enumerate(mask):
+    for i, value in enumerate(values := _one_a_token("loss_mask", mask, length)):
         if type(value) not in (int, bool) or value not in (0, 1):
             raise _Refused(f"loss_mask[{i}] is {value!r}; allowed are 0 and 1")
-    return tuple(map(bool, mask))
+    return tuple(map(bool, values))
+
+
+def _token_weights(weights: object, length: int) -> tuple[float, ...]:
+    values = _one_a_token("token_weights", weights, length)
+    return tuple(_weight(value, f"token_weights[{i}]") for i, value in enumerate(values))
+
+
+def _one_a_token(name: str, values: object, length: int) -> list[Any]:
+    if not isinstance(values, list):
+        raise _Refused(f"{name} must be a list, not {_kind(values)}")
+    if len(values) != length:
+        raise _Refused(f"{name} has {len(values)} entries for {length} input_ids")
+    return values
 
 
 def _id(value: object) -> str | None:
@@ -165,15 +188,15 @@ def _id(value: object) -> str | None:
     return _string("id", value, "text or an integer")
 
 
-def _weight(value: object) -> float:
+def _weight(value: object, name: str = "weight") -> float:
     if type(value) not in (int, float):
-        raise _Refused(f"weight must be a number, not {_kind(value)}")
+        raise _Refused(f"{name} must be a number, not {_kind(value)}")
     try:
         weight = float(value)  # type: ignore[arg-type]
     except OverflowError:
         weight = math.inf
-    if not (math.isfinite(weight) and weight >= 0):
-        raise _Refused(f"weight is {weight}; it must be finite and at least 0")
+    if not 0 <= weight <= _HEAVIEST:
+        raise _Refused(f"{name} is {weight}; it must be finite and at least 0")
     return weight
 
 

@@ -193,6 +193,16 @@ class TargetSettings(Spec):
 class TrainingSettings(Spec):
     """How the student learns. All of it is part of the student's identity."""
 
+    where: NonEmpty | None = Field(
+        None,
+        description="SQL condition on the catalog's examples, such as mean_entropy < 4 AND NOT truncated: of the "
+        "training rows only those that fulfil it are learnt from",
+    )
+    mixture: dict[NonEmpty, Annotated[float, Field(ge=0.0, le=1000.0)]] = Field(
+        default_factory=dict,
+        description="passes an epoch over shards by patterns of their keys, the first that fits, such as {web*: 0.5, "
+        "math*: 2.0}; other shards have one, and 0 leaves them out",
+    )
     objective: Objective = Field(
         "forward_kl",
         description="forward_kl, reverse_kl, jsd: on the kept ids with one bucket for the tail; renormalized: forward "
@@ -229,6 +239,10 @@ class TrainingSettings(Spec):
         without = set() if targets.tail_samples else {"tail_sample_weight"}
         if self.temperature == 1.0:
             without.add("temperature")
+        if self.where is None:
+            without.add("where")
+        if not self.mixture:
+            without.add("mixture")
         return self.model_dump(exclude=without)
 
 

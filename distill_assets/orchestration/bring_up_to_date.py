@@ -336,7 +336,7 @@ class _Walk:
 
     def _report_students(self) -> None:
         students = self.states.students
-        made = {kind: name for kind, name in students.ids.items() if students.exists(kind)}
+        made = {kind: students.ids[kind] for kind in students.kinds if students.exists(kind)}
         self.report.student_id, self.report.control_id = made.get("student"), made.get("control")
         if record := students.evaluation():
             overall = record["overall"]

@@ -150,7 +150,7 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
     """Which are current is known once every shard is captured; the others stay until those are made."""
     students = AssetStates(pipeline).students
     home = pipeline.home
-    if not pipeline.uncaptured and not _is_link(home.training, kept):
+    if not pipeline.uncaptured and students.can_be_named and not _is_link(home.training, kept):
         yield from _checkpoints(home.training, set(students.ids.values()))
     if pipeline.uncaptured or not all(students.exists(kind) for kind in students.kinds):
         kept.append("students and reports: the current student is not trained yet")

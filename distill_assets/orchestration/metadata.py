@@ -50,6 +50,7 @@ CAPTURE_COLUMNS = dg.TableSchema(
             ("id", "string", "the row's own id, if it has one"),
             ("input_ids", "list<int32>", "the tokens"),
             ("weight", "float", "training weight"),
+            ("position_weights", "list<float>", "what each position counts besides (only where rows say so)"),
             ("positions", "list<int32>", "scored positions t; each is about token t+1"),
             ("support_ids", "list<list<int32>>", "kept ids of each position, likeliest first"),
             ("support_q", "list<list<uint8>>", "log-probability = -q/16 (precision: compact)"),

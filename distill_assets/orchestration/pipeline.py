@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_assets.capture_catalog.choosing import require_predicate
 from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, catalog_identity, read_meta
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
 from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
@@ -100,16 +101,20 @@ class Pipeline:
         write_json(self.home.tokenizer_report, {"identity": self.tokenizer_identity, **report.to_json()})
         return report
 
-    def require_layers(self) -> None:
-        """SettingsError for a student made of layers the teacher does not have."""
+    def require_possible_student(self) -> None:
+        """SettingsError for a student made of layers the teacher does not have, or one whose rows no condition
+        chooses.
+        """
         if layers := self.settings.student.from_teacher_layers:
             require_layers(self.spec.teacher, layers)
+        if where := self.settings.training.where:
+            require_predicate(where)
 
     def require_usable_pair(self) -> None:
         """The guard in front of capture and training, whichever way they are started: a student that can
         be made, and tokenizers that agree. The verdict is reached here, whatever was written down.
         """
-        self.require_layers()
+        self.require_possible_student()
         require_compatible(self.tokenizer_report())
 
     # captures --------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ class Pipeline:
 
     def plan(self) -> CapturePlan:
         """What a run would capture, and why. An impossible student is refused before the teacher is paid for."""
-        self.require_layers()
+        self.require_possible_student()
         catalogued = read_meta(self.home.catalog)
         return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from distill_assets.capture_catalog.schema import SCHEMA_VERSION
 from distill_assets.foundation.fingerprints import SHORT, HashCache, digest, file_stamp
 from distill_assets.foundation.settings import TrainingSettings
+from distill_assets.student_model.choice import Choice
 from distill_assets.student_model.identity import RECIPE, StudentKind, student_id
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.store import Capture, read_row_keys
+from distill_assets.teacher_capture.store import Capture
 
 LEARNT_FROM = ("train", "validation")  # roles
 _REMEMBERED = 1  # raised when an id would come out differently
@@ -24,19 +26,20 @@ def student_ids(
     initial_weights: str,
     vocabulary: StudentVocabulary,
     hashes: HashCache,
+    choose: Callable[[str], Sequence[Choice]],
     anew: bool = False,
 ) -> dict[StudentKind, str]:
-    """`student_id` of each kind. `captures` by role, each of LEARNT_FROM.
+    """`student_id` of each kind. `captures` by role, each of LEARNT_FROM, of which `choose` says what is learnt from.
 
     Remembered as long as the capture files keep their stamps and all else is the same, unless asked `anew`:
     whoever makes something under these names does.
     """
-    capture_ids = sorted({capture.capture_id for role in LEARNT_FROM for capture in captures[role]})
     made_of = {
         "version": [_REMEMBERED, RECIPE],
         "kinds": kinds,
-        "captures": capture_ids,
-        "files": {role: [[str(c.path), *file_stamp(c.path)] for c in captures[role]] for role in LEARNT_FROM},
+        "captures": sorted({capture.capture_id for role in LEARNT_FROM for capture in captures[role]}),
+        "files": {role: [[c.shard, str(c.path), *file_stamp(c.path)] for c in captures[role]] for role in LEARNT_FROM},
+        "catalog": SCHEMA_VERSION if training.where else None,  # what `where` asks means what it did
         "targets": spec.targets.model_dump(),
         "training": training.model_dump(),
         "initial_weights": initial_weights,
@@ -45,7 +48,9 @@ def student_ids(
     }
 
     def find_out() -> dict[StudentKind, str]:
-        rows = {role: [key for c in captures[role] for key in read_row_keys(c.path)] for role in LEARNT_FROM}
+        learnt = {role: choose(role) for role in LEARNT_FROM}
+        rows = {role: [key for choice in learnt[role] for key in choice.row_keys()] for role in LEARNT_FROM}
+        capture_ids = {choice.capture.capture_id for role in LEARNT_FROM for choice in learnt[role]}
         return {
             kind: student_id(
                 kind,

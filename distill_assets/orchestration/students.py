@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from distill_assets.capture_catalog.choosing import Rows, chosen_rows
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
 from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, TrainingError
 from distill_assets.foundation.files import alone, remove
@@ -23,9 +24,10 @@ from distill_assets.orchestration.student_ids import LEARNT_FROM, student_ids
 from distill_assets.orchestration.training_processes import train_in_processes
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
 from distill_assets.student_model.checkpoints import folder_under_way
+from distill_assets.student_model.choice import Choice, choices
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.origin import initial_weights_fingerprint
-from distill_assets.student_model.saving import StudentRecord, StudentSpec, UsedCapture, read_student
+from distill_assets.student_model.saving import StudentRecord, StudentSpec, read_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_rows
@@ -44,7 +46,26 @@ class StudentSide:
         return [entry for entry in self.pipeline.entries if entry.role == role]
 
     def _rows(self, role: str) -> list[CapturedRow]:
-        return [row for entry in self._entries(role) for row in read_rows(entry.capture.path, to_learn_from=True)]
+        return [row for choice in self._choices(role) for row in choice.read()]
+
+    def _choices(self, role: str) -> list[Choice]:
+        """What of the captures is learnt from; validation rows are watched, all of them."""
+        captures = [entry.capture for entry in self._entries(role)]
+        if role != "train":
+            return [Choice(capture) for capture in captures]
+        return choices(captures, self.settings.training, self._chosen)
+
+    @cached_property
+    def _chosen(self) -> dict[str, Rows] | None:
+        """What `training.where` chooses of the training shards; StaleInputs while the catalog is not current."""
+        if (where := self.settings.training.where) is None:
+            return None
+        return chosen_rows(self.home.catalog, self.home.captures, self.pipeline.catalog_identity, where)
+
+    @property
+    def can_be_named(self) -> bool:
+        """Whether it is known which rows the students learn from: what is chosen is known to a current catalog only."""
+        return self.settings.training.where is None or self.pipeline.catalog_is_current
 
     @property
     def kinds(self) -> tuple[StudentKind, ...]:
@@ -92,7 +113,15 @@ class StudentSide:
         )
         captures = {role: [entry.capture for entry in self._entries(role)] for role in LEARNT_FROM}
         found = student_ids(
-            self.kinds, captures, self.pipeline.spec, self.settings.training, start, self.vocabulary, hashes, anew
+            self.kinds,
+            captures,
+            self.pipeline.spec,
+            self.settings.training,
+            start,
+            self.vocabulary,
+            hashes,
+            self._choices,
+            anew,
         )
         hashes.save()
         return found
@@ -101,7 +130,9 @@ class StudentSide:
         return self.home.students / self.ids[kind]
 
     def exists(self, kind: StudentKind) -> bool:
-        """Whether the student of this identity is there, whole."""
+        """Whether the student of this identity is there, whole; not while it has no name."""
+        if not self.can_be_named:
+            return False
         try:
             ModelFolder(kind, self.folder(kind), None).weight_files()
             return read_student(self.folder(kind)).spec.student_id == self.ids[kind]
@@ -194,7 +225,6 @@ class StudentSide:
         )
 
     def _spec(self, kind: StudentKind) -> StudentSpec:
-        used = [e.capture for role in LEARNT_FROM for e in self._entries(role)]
         return StudentSpec(
             student_id=self.ids[kind],
             kind=kind,
@@ -202,7 +232,7 @@ class StudentSide:
             origin=self.settings.student,
             training=self.settings.training,
             vocabulary=self.vocabulary,
-            captures=tuple(UsedCapture(c.shard, c.version, c.capture_id, c.stats.rows) for c in used),
+            captures=tuple(choice.used() for role in LEARNT_FROM for choice in self._choices(role)),
             accepted_differences=tuple(self.pipeline.tokenizer_report().accepted),
             targets=self.pipeline.spec.targets.identity if kind == "student" else {},
         )

@@ -10,7 +10,7 @@ one optimiser step, and several processes share it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -24,20 +24,29 @@ IGNORED = -100  # label of a position that is not supervised; the value transfor
 _WINDOW = 64  # batches' worth of shuffled rows sorted by length together: little padding, still mixed
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
-    """Row indices of every optimiser step of all epochs, each row once an epoch.
+def plan_batches(
+    lengths: Sequence[int],
+    batch_tokens: int,
+    epochs: int,
+    seed: int,
+    rows_of: Callable[[int], Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """Row indices of every optimiser step of all epochs: those that `rows_of` gives for an epoch (from 0), else each
+    row once an epoch.
 
     Padded tokens (rows x longest) are at most `batch_tokens`; a longer row is a batch of its own.
     Rows are shuffled, sorted by length inside a window, packed, and the batches shuffled.
     """
-    return [batch for epoch in range(epochs) for batch in _plan_epoch(lengths, batch_tokens, f"{seed}:{epoch}")]
+    rows = [range(len(lengths)) if rows_of is None else rows_of(epoch) for epoch in range(epochs)]
+    planned = [_plan_epoch(rows[epoch], lengths, batch_tokens, f"{seed}:{epoch}") for epoch in range(epochs)]
+    return [batch for batches in planned for batch in batches]
 
 
-def _plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: str) -> list[list[int]]:
+def _plan_epoch(rows: Sequence[int], lengths: Sequence[int], batch_tokens: int, seed: str) -> list[list[int]]:
     shuffle = random.Random(seed).shuffle
-    order = list(range(len(lengths)))
+    order = list(rows)
     shuffle(order)
-    mean_length = sum(lengths) / max(1, len(lengths))
+    mean_length = sum(lengths[i] for i in order) / max(1, len(order))
     window = max(1, round(_WINDOW * batch_tokens / max(1.0, mean_length)))
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
@@ -52,9 +61,10 @@ def _plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: str) -> list[li
     return batches
 
 
-def epoch_ends(plan: Sequence[Sequence[int]], rows: int) -> list[int]:
-    """Numbers (from 1) of the steps after which every row was seen once more."""
-    return [step for step, seen in enumerate(accumulate(map(len, plan)), start=1) if seen % rows == 0]
+def epoch_ends(plan: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]:
+    """Numbers (from 1) of the steps after which each epoch was seen, one after another of so many rows."""
+    steps = {seen: step for step, seen in enumerate(accumulate(map(len, plan), initial=0))}
+    return [steps[seen] for seen in accumulate(sizes)]
 
 
 def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor]:
@@ -77,7 +87,7 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
         if (position_N + 1 >= lengths_B[row_N]).any():
             raise IndexError("a position has no token after it in its row")
         labels_BT[row_N, position_N] = ids_BT[row_N, position_N + 1]
-    weights = [np.full(row.targets.n_positions, row.weight, dtype=np.float32) for row in rows]
+    weights = [_position_weights(row) for row in rows]
     batch = {
         "ids_BT": torch.from_numpy(ids_BT),
         "labels": torch.from_numpy(labels_BT),
@@ -86,6 +96,13 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     if with_targets:
         batch |= _targets([row.targets for row in rows])
     return batch
+
+
+def _position_weights(row: CapturedRow) -> np.ndarray:
+    """What each of a row's positions counts [P]."""
+    if row.position_weights is None:
+        return np.full(row.targets.n_positions, row.weight, dtype=np.float32)
+    return np.float32(row.weight) * row.position_weights
 
 
 def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:

@@ -21,12 +21,16 @@ _TARGETS_ONLY = {
 
 
 class WeightedRow(Protocol):
-    """Anything that knows its row key and training weight; a `CapturedRow` does."""
+    """Anything that knows its row key, weight, hash of position weights and passes an epoch; a `CapturedRow` does."""
 
     @property
     def key(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def weighting(self) -> str: ...
+    @property
+    def passes(self) -> float: ...
 
 
 def student_id(
@@ -40,7 +44,7 @@ def student_id(
     capture_ids: Collection[str],
     targets: TargetSettings,
 ) -> str:
-    """16 hexadecimal digits: rows with weights (in any order), settings, initial weights, and so on.
+    """16 hexadecimal digits: rows with weights and passes (in any order), settings, initial weights, and so on.
 
     `initial_weights` is `initial_weights_fingerprint`'s answer, `tokenizer` the fingerprint of the
     tokenizer the student is saved with, `capture_ids` the captures whose targets are learnt from;
@@ -49,16 +53,23 @@ def student_id(
     """
     control = kind == "control"
     learning = training.effective(targets)
+    left_out = {"mixture", *(_TARGETS_ONLY if control else ())}  # what a mixture comes to, the rows say
     return digest(
         {
             "recipe": RECIPE,
             "kind": kind,
-            "rows": sorted([row.key, row.weight] for row in rows),
-            "validation": sorted([row.key, row.weight] for row in validation),
-            "training": {n: v for n, v in learning.items() if not control or n not in _TARGETS_ONLY},
+            "rows": sorted(map(_learnt, rows)),
+            "validation": sorted(map(_learnt, validation)),
+            "training": {n: v for n, v in learning.items() if n not in left_out},
             "initial_weights": initial_weights,
             "vocabulary": [vocabulary.n_real, list(vocabulary.unused)],
             "tokenizer": tokenizer,
             "captures": [] if control else sorted(set(capture_ids)),
         }
     )
+
+
+def _learnt(row: WeightedRow) -> list[str | float]:
+    """A row as it makes a difference to the student; what says nothing is left out, so that ids stay as they were."""
+    plain = row.passes == 1 and not row.weighting
+    return [row.key, row.weight] if plain else [row.key, row.weight, row.passes, row.weighting]

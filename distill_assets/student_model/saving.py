@@ -29,12 +29,15 @@ _TOOLS = ("distill_assets", "torch", "transformers", "accelerate")
 
 @dataclass(frozen=True)
 class UsedCapture:
-    """One capture file a student learnt from."""
+    """One capture file a student learnt from. `chosen` says which rows, where it is not all: in hexadecimal digits,
+    the first row is the highest bit.
+    """
 
     shard: str
     version: str
     capture_id: str
     rows: int
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ Made by distill_assets {record.tools["distill_assets"]}.
 - Loss: {goal}
 - Training: {training.epochs} epoch(s) of {report.rows} rows, {report.steps} steps of at most {training.batch_tokens}
   tokens, {report.supervised_tokens} supervised tokens in all, AdamW at {training.learning_rate:g}, seed {training.seed}
-- Loss of the last step: {last.loss:.4f} nats a token
+{_choice(training)}- Loss of the last step: {last.loss:.4f} nats a token
 - Tokenizer: the teacher's; differences taken on knowingly: {differences}
 - Ids the student lacks: {report.fit.mass_dropped:.2%} of the teacher's probability lay on them; left out, and with them
   {report.fit.positions_dropped} positions whose token is one
@@ -191,6 +194,12 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
 
 Everything else, the loss of every step included, is in {RECORD_FILE}.
 """
+
+
+def _choice(training: TrainingSettings) -> str:
+    where = f"- Rows: of the training shards those with {training.where}\n" if training.where else ""
+    mixture = ", ".join(f"{pattern} {passes:g}" for pattern, passes in training.mixture.items())
+    return where + (f"- Passes an epoch over shards, where not one: {mixture}\n" if mixture else "")
 
 
 def _origin(origin: StudentSettings) -> str:

@@ -42,6 +42,7 @@ from distill_assets.foundation.progress import Progress, ProgressListener, ignor
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
 from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_checkpoint, mark_whole
+from distill_assets.student_model.choice import Turns
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
 from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
@@ -98,15 +99,18 @@ def train_student(
     chosen = spec.training
     mixture = LossMixture(chosen.objective, chosen.temperature, chosen.kd_weight, chosen.tail_sample_weight)
     module = DistillationModule(model, spec.vocabulary, mixture)
+    turns = Turns(train_rows, spec.training.seed)
     plan = plan_batches(
         [len(row.input_ids) for row in train_rows],
         spec.training.batch_tokens,
         spec.training.epochs,
         spec.training.seed,
+        turns.of,
     )
+    sizes = [len(turns.of(epoch)) for epoch in range(spec.training.epochs)]
     with _folder_for(under_way) as checkpoints:
         arguments = training_arguments(spec.training, len(plan), target, checkpoints)
-        trainer = DistillationTrainer(module, arguments, train_rows, plan, with_targets)
+        trainer = DistillationTrainer(module, arguments, train_rows, plan, sizes, with_targets)
         trainer.add_callback(
             _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
         )
@@ -151,7 +155,7 @@ def _folder_for(under_way: Path | None) -> Iterator[Path]:
 def _usable(
     rows: Sequence[CapturedRow], spec: StudentSpec, model: PreTrainedModel
 ) -> tuple[list[CapturedRow], FitReport]:
-    ordered = sorted(rows, key=lambda row: (row.key, row.weight))
+    ordered = sorted(rows, key=lambda row: (row.key, row.weight, row.passes, row.weighting))
     embeddings: Any = model.get_input_embeddings()
     fitted, fit = fit_rows(ordered, spec.vocabulary, len(embeddings.weight))
     if not fitted:
@@ -218,7 +222,9 @@ class _Steps(Dataset[dict[str, Any]]):
 
 
 class DistillationTrainer(Trainer):
-    """Trainer that takes planned batches in order, one an optimiser step, and keeps the curve."""
+    """Trainer that takes planned batches in order, one an optimiser step, and keeps the curve. `sizes`: rows of each
+    epoch.
+    """
 
     def __init__(
         self,
@@ -226,13 +232,14 @@ class DistillationTrainer(Trainer):
         arguments: TrainingArguments,
         rows: Sequence[CapturedRow],
         plan: Sequence[Sequence[int]],
+        sizes: Sequence[int],
         with_targets: bool,
     ) -> None:
         steps = _Steps(rows, plan, with_targets, arguments.process_index, arguments.world_size)
         super().__init__(model=module, args=arguments, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.module = module
-        self.ends = epoch_ends(plan, len(rows))
+        self.ends = epoch_ends(plan, sizes)
         self.with_targets = with_targets
         self.curve: list[CurvePoint] = []
         self.validation: list[ValidationPoint] = []

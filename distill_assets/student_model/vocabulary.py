@@ -99,7 +99,8 @@ def _fit(row: CapturedRow, vocabulary: StudentVocabulary, n_embeddings: int) -> 
     targets = row.targets
     gold_P = row.input_ids[targets.positions_P + 1]
     stays_P = (targets.positions_P < length - 1) & vocabulary.has(gold_P)
-    return replace(row, input_ids=row.input_ids[:length], targets=targets.at(stays_P))
+    weights_P = None if row.position_weights is None else row.position_weights[stays_P]
+    return replace(row, input_ids=row.input_ids[:length], targets=targets.at(stays_P), position_weights=weights_P)
 
 
 def _within(vocabulary: StudentVocabulary, targets: SparseTargets) -> SparseTargets:

@@ -28,10 +28,10 @@ NOT_LEARNT_FROM = frozenset({"gold_logprob", "entropy"})  # columns that say not
 POSITION_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
-def capture_schema(targets: TargetSettings) -> pa.Schema:
+def capture_schema(targets: TargetSettings, position_weights: bool = False) -> pa.Schema:
     """Columns of a capture file; `support_q` for compact precision, `support_logprobs` for exact.
 
-    `weights` and `tail_sample_ids` exist only where these targets have them.
+    `weights` and `tail_sample_ids` exist only where these targets have them, `position_weights` only where rows do.
     """
     support = (
         ("support_q", pa.list_(pa.list_(pa.uint8())))
@@ -47,6 +47,7 @@ def capture_schema(targets: TargetSettings) -> pa.Schema:
             ("id", pa.string()),
             ("input_ids", pa.list_(pa.int32())),
             ("weight", pa.float32()),
+            *([("position_weights", pa.list_(pa.float32()))] if position_weights else []),
             ("positions", pa.list_(pa.int32())),
             ("support_ids", pa.list_(pa.list_(pa.int32()))),
             support,
@@ -58,17 +59,20 @@ def capture_schema(targets: TargetSettings) -> pa.Schema:
     )
 
 
-def parquet_writer(path: Path, targets: TargetSettings, level: int = 17) -> pq.ParquetWriter:
+def parquet_writer(
+    path: Path, targets: TargetSettings, level: int = 17, position_weights: bool = False
+) -> pq.ParquetWriter:
     """A writer of capture files. `level` of zstd: 1 for what is soon read and removed.
 
     Encodings are those that came out smallest on real text (benchmarks/storage.py). Splitting ids into their
     bytes gives zstd what bit-packed dictionary indices hide from it: high bytes that repeat.
     """
-    schema = capture_schema(targets)
+    schema = capture_schema(targets, position_weights)
     split = {"support_ids", "support_q", "support_logprobs", "tail_sample_ids"}.intersection(schema.names)
     compact = targets.precision == "compact"  # then few different values
     numbers = [f"{name}.list.element" for name in (*_PER_POSITION, "input_ids") if compact or name == "input_ids"]
     weights = ["weights.list.element.list.element"] if targets.has_weights else []
+    weights += ["position_weights.list.element"] if position_weights else []
     return pq.ParquetWriter(
         path,
         schema,
@@ -89,11 +93,11 @@ def _lists(values: pa.Array, lengths: Sequence[int] | NDArray[np.int64]) -> pa.L
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings) -> pa.Table:
+def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings, position_weights: bool = False) -> pa.Table:
     """Rows as one table. A position without a tail has a null in `tail_logprob` and no tail samples; an unknown
-    `gold_logprob` or `entropy` is null.
+    `gold_logprob` or `entropy` is null, and so are the `position_weights` of a row of which each position counts 1.
     """
-    schema = capture_schema(settings)
+    schema = capture_schema(settings, position_weights)
     targets = [row.targets for row in rows]
     positions = [t.n_positions for t in targets]
 
@@ -127,6 +131,7 @@ def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings) -> pa.Table:
         pa.array([row.id for row in rows], pa.string()),
         _lists(pa.array(ids), [len(row.input_ids) for row in rows]),
         pa.array([row.weight for row in rows], pa.float32()),
+        *([pa.array([row.position_weights for row in rows], pa.list_(pa.float32()))] if position_weights else []),
         _lists(pa.array(joined("positions_P", np.int32)), positions),
         _lists(_lists(pa.array(joined("support_ids_N", np.int32)), kept_P), positions),
         _lists(_lists(support, kept_P), positions),
@@ -186,6 +191,7 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     )
     ids, positions = ids.to_numpy(), positions.to_numpy()
     plain = table.select(["row", "key", "id", "weight", "truncated"]).to_pylist()
+    position_weights = position_weights_of(table)
     rows: list[CapturedRow] = []
     for i, values in enumerate(plain):
         part = slice(row_offsets[i], row_offsets[i + 1])
@@ -202,5 +208,14 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
             weights_N=None if weights is None else weights[kept],
             tail_sample_ids_PS=None if samples is None else samples[part],
         )
-        rows.append(CapturedRow(input_ids=ids[ids_offsets[i] : ids_offsets[i + 1]], targets=targets, **values))
+        input_ids = ids[ids_offsets[i] : ids_offsets[i + 1]]
+        weights_P = position_weights[i]
+        rows.append(CapturedRow(input_ids=input_ids, targets=targets, position_weights=weights_P, **values))
     return rows
+
+
+def position_weights_of(table: pa.Table) -> list[NDArray[np.float32] | None]:
+    """The weights of each row's positions; None where the row has none."""
+    if "position_weights" not in table.column_names:
+        return [None] * table.num_rows
+    return [row.values.to_numpy() if row.is_valid else None for row in table["position_weights"]]

@@ -106,7 +106,7 @@ def _capture(
     encoded = encode_shard(shard, spec.encoder)
     planned = batch_tokens or forward_batch_tokens(resolve_device(device))
     chunks = plan_chunks(encoded.rows, planned)
-    finished = ChunkFolder(store.unfinished(*name), spec.targets, spec.identity)
+    finished = ChunkFolder(store.unfinished(*name), spec.targets, spec.identity, encoded.has_position_weights)
     if force:
         finished.begin_anew()
     before = _Before(spec, store, finished, force)
@@ -114,7 +114,7 @@ def _capture(
     lengths = {row.key: len(row.input_ids) for chunk in todo for row in chunk.rows}
     meter = _Meter(shard.key, {key: lengths[key] for key in lengths.keys() - before.keys(lengths)}, on_progress)
     with (
-        store.publishing(*name, spec.targets) as file,
+        store.publishing(*name, spec.targets, encoded.has_position_weights) as file,
         ExitStack() as turn,
         ChunkWriter(finished, file, chunks) as writer,
     ):

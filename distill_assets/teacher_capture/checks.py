@@ -23,7 +23,7 @@ from distill_assets.foundation.progress import Progress, ProgressListener, ignor
 from distill_assets.teacher_capture.chunks import Cost, Figures
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import capture_row_groups, statistics_problem
-from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 from distill_assets.teacher_capture.store import IMPORT_AGAIN, Capture
 
 LEAST_POSITIONS = 100  # fewer say nothing about alignment
@@ -119,6 +119,7 @@ def _is_of(row: CapturedRow, wanted: EncodedRow) -> bool:
         and row.weight == np.float32(wanted.weight)
         and np.array_equal(row.input_ids, wanted.input_ids)
         and np.array_equal(row.targets.positions_P, supervised_positions(wanted))
+        and row.weighting == weighting(wanted.position_weights)
     )
 
 

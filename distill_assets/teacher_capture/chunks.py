@@ -28,7 +28,7 @@ from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
-from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats
 
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
@@ -49,7 +49,12 @@ class Chunk:
     @property
     def fingerprint(self) -> str:
         """Hash of what the capture file says of these rows besides their targets."""
-        return digest([self.start, [[row.key, row.id, row.weight, row.truncated] for row in self.rows]])
+        return digest([self.start, list(map(_told, self.rows))])
+
+
+def _told(row: EncodedRow) -> list[Any]:
+    told = [row.key, row.id, row.weight, row.truncated]
+    return told if row.token_weights is None else [*told, weighting(row.position_weights)]
 
 
 def plan_chunks(rows: Sequence[EncodedRow], batch_tokens: int) -> list[Chunk]:
@@ -178,9 +183,11 @@ class ChunkFolder:
     The folder says which identity: other settings may be served by it before the capture is finished.
     """
 
-    def __init__(self, folder: Path, targets: TargetSettings, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, targets: TargetSettings, identity: Mapping[str, Any], position_weights: bool = False
+    ) -> None:
         self.folder = folder
-        self.targets = targets
+        self._targets, self._position_weights = targets, position_weights
         self._identity = identity
 
     def _file(self, chunk: Chunk) -> Path:
@@ -202,14 +209,21 @@ class ChunkFolder:
         footer: dict[str, Any] = json.loads(metadata[_FOOTER])
         return footer
 
-    def write(self, chunk: Chunk, table: pa.Table, figures: Figures, derived_from: Collection[str]) -> None:
-        """Finish a chunk; from now on a kill does not cost it."""
+    def write(
+        self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures, derived_from: Collection[str]
+    ) -> pa.Table:
+        """Finish a chunk; from now on a kill does not cost it. Returns it as the capture file has it."""
         if not (self.folder / _IDENTITY).exists():
             write_json(self.folder / _IDENTITY, dict(self._identity))
-        with replacing(self._file(chunk)) as beside, parquet_writer(beside, self.targets, SHORT_LIVED) as writer:
+        table = to_arrow(rows, self._targets, self._position_weights)
+        with (
+            replacing(self._file(chunk)) as beside,
+            parquet_writer(beside, self._targets, SHORT_LIVED, self._position_weights) as writer,
+        ):
             writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
             writer.add_key_value_metadata({_FOOTER.decode(): json.dumps(footer)})
+        return table
 
     def forward_tokens(self, start: int, planned: int) -> int:
         """Tokens a forward pass from the chunk at `start` on: as planned, or less where memory ran out."""
@@ -280,8 +294,7 @@ class ChunkWriter:
         self._writing = self._thread.submit(self._write, chunk, rows, cost, derived_from)
 
     def _write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
-        table = to_arrow(rows, self._folder.targets)
-        self._folder.write(chunk, table, Figures.of(rows, cost), derived_from)
+        table = self._folder.write(chunk, rows, Figures.of(rows, cost), derived_from)
         self._append_up_to(chunk)
         self._ahead.popleft()
         self._capture.append(table)

@@ -25,7 +25,7 @@ from distill_assets.teacher_capture.sparse_targets import LEAST_MASS, MOST_MASS,
 from distill_assets.teacher_capture.target_rules import LOWEST_CODE
 
 NEEDED = ("input_ids", "topk_ids", "topk_logprobs")
-OWN_KEYS = ("input_ids", "loss_mask", "id", "weight")  # what the shard's own row has
+OWN_KEYS = ("input_ids", "loss_mask", "token_weights", "id", "weight")  # what the shard's own row has
 _ABOVE_ZERO = 1e-4  # nats that rounding may lift a log-probability above 0
 _ASCENT = 1e-6  # nats that an id may be likelier than the one before it
 _NO_MASS = 1e-6  # less than this is what float32 log-probabilities are off one, and no tail
@@ -85,7 +85,7 @@ class ForeignRows:
         filled_T = self._filled(values, len(ids))
         if mask is None:
             mask = (False, *filled_T[:-1].tolist())
-        encoded = self._encoder.encode(replace(row, content=Ids(ids, mask)))
+        encoded = self._encoder.encode(replace(row, content=replace(row.content, loss_mask=mask)))
         if isinstance(encoded, BadRow):
             raise _Refused(encoded.reason)
         if encoded.truncated:

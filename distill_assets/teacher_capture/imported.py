@@ -171,7 +171,8 @@ def copy_imported(spec: CaptureSpec, shard: Shard, store: CaptureStore, encoded:
     source, places = imported_source(spec, shard, store, encoded.rows)
     settings = TargetSettings.model_validate(dict(source.identity["targets"]))
     content, parts = ImportedContent(settings.precision), []
-    with store.publishing(IMPORTED, shard.key, shard.version, settings) as file:
+    weighted = encoded.has_position_weights
+    with store.publishing(IMPORTED, shard.key, shard.version, settings, weighted) as file:
         for window in plan_windows(plan_chunks(encoded.rows, _BATCH_TOKENS)):
             targets = targets_at({row.key: places[row.key] for chunk in window for row in chunk.rows})
             for chunk in window:
@@ -183,7 +184,7 @@ def copy_imported(spec: CaptureSpec, shard: Shard, store: CaptureStore, encoded:
                 rows = [CapturedRow.of(chunk.start + i, row, targets[row.key][1]) for i, row in enumerate(chunk.rows)]
                 content.add(rows)
                 parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
-                file.append(to_arrow(rows, settings))
+                file.append(to_arrow(rows, settings, weighted))
         stats = total_stats(parts, len(encoded.bad_rows), encoded.n_without_target)
         content.describe(file, spec, shard.key, shard.version, source.teacher, stats, [source.capture_id])
     return read_capture(file.path)

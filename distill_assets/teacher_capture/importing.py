@@ -107,7 +107,7 @@ def import_jsonl(
         written = capture is None or not same_shard
         if capture is None:
             teacher = {"name": f"{IMPORTED} from {source.name}", "revision": None}
-            with store.publishing(IMPORTED, key, version, content.settings) as file:
+            with store.publishing(IMPORTED, key, version, content.settings, staged.has_position_weights) as file:
                 for table in staged.tables():
                     file.append(table)
                 stats = total_stats(staged.parts, bad_rows=0, rows_without_target=0)
@@ -188,19 +188,21 @@ class _Staged:
         self._precision: Literal["compact", "exact"] = precision
         self.parts: list[Figures] = []
         self.dropped_last = self.dropped_unsupervised = 0
+        self.has_position_weights = False
 
     def write(self, chunks: Iterator[list[ForeignRow]]) -> None:
         """Take in all rows, a chunk at a time."""
         settings = TargetSettings(precision=self._precision)  # how many ids are kept is no matter of the schema
         with (
             self.shard.open("w", encoding="utf-8") as shard,
-            parquet_writer(self._file, settings, SHORT_LIVED) as writer,
+            parquet_writer(self._file, settings, SHORT_LIVED, position_weights=True) as writer,
         ):
             start = 0
             for chunk in chunks:
                 shard.writelines(json.dumps(row.own, ensure_ascii=False, separators=(",", ":")) + "\n" for row in chunk)
                 captured = [CapturedRow.of(start + i, row.encoded, row.targets) for i, row in enumerate(chunk)]
-                writer.write_table(to_arrow(captured, settings))
+                writer.write_table(to_arrow(captured, settings, position_weights=True))
+                self.has_position_weights |= any(row.position_weights is not None for row in captured)
                 self.parts.append(Figures.of(captured, Cost(0, 0, 0.0)))
                 self.dropped_last += sum(row.dropped_last for row in chunk)
                 self.dropped_unsupervised += sum(row.dropped_unsupervised for row in chunk)
@@ -220,8 +222,10 @@ class _Staged:
     def tables(self) -> Iterator[pa.Table]:
         """The capture's row groups, as stored."""
         with pq.ParquetFile(self._file, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in names if name != "position_weights" or self.has_position_weights]
             for group in range(file.num_row_groups):
-                yield file.read_row_group(group)
+                yield file.read_row_group(group, columns)
 
 
 def _chunks(rows: Iterator[ForeignRow], chunk_numbers: int) -> Iterator[list[ForeignRow]]:

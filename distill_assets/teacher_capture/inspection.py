@@ -76,7 +76,10 @@ def _uneven_column(table: pa.Table) -> str | None:
     followers = [name for name in table.column_names if pa.types.is_list(table.schema.field(name).type)]
     expected = pc.list_value_length(table["positions"])
     for name in followers:
-        if name != "input_ids" and not pc.list_value_length(table[name]).equals(expected):
+        lengths = pc.list_value_length(table[name])
+        if name == "position_weights":
+            lengths = pc.coalesce(lengths, expected)  # null: each position counts 1
+        if name != "input_ids" and not lengths.equals(expected):
             return str(name)
     kept = pc.list_value_length(pc.list_flatten(table["support_ids"]))
     for name in _A_LIST_A_POSITION:
@@ -103,6 +106,8 @@ def _row_problem(row: CapturedRow, number: int, n_ids: int | None, capture: Capt
         return f"numbered {row.row}"
     if not (math.isfinite(row.weight) and row.weight >= 0):
         return f"weight {row.weight}"
+    if row.position_weights is not None and not ((row.position_weights >= 0) & np.isfinite(row.position_weights)).all():
+        return "position_weights that are not finite, or below 0"
     if not _in_range(row.input_ids, n_ids):
         return "input_ids outside the vocabulary"
     if not len(positions_P) or not _in_range(positions_P, n_tokens - 1) or (np.diff(positions_P) <= 0).any():

@@ -24,10 +24,10 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     """Write captures as `{"input_ids":[T], "topk_ids":[T lists], "topk_logprobs":[T lists], ...}`.
 
     Log-probabilities are as stored. Positions that were not scored, and the last, are `[]` (null
-    in the lists of one number a position). `id` and `weight` are written where a row has one; a
-    weight of 1 is left out. One row group is in memory at a time; the file appears whole
-    or not at all. Returns the number of rows written. Raises CaptureError for captures of anything but
-    plain top_k: what was drawn would read there as if it were the teacher's likeliest ids.
+    in the lists of one number a position). `id` and weights are written where a row has them; a
+    `weight` of 1 is left out, and so are `token_weights` [T] of which each is 1. One row group is in memory at
+    a time; the file appears whole or not at all. Returns the number of rows written. Raises CaptureError for
+    captures of anything but plain top_k: what was drawn would read there as if it were the teacher's likeliest ids.
     """
     rows = 0
     with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
@@ -35,13 +35,13 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
             _require_plain(capture)
             for group in capture_row_groups(capture.path):
                 for row in group:
-                    stream.write(_as_line(_as_object(row), row))
+                    stream.write(_as_line(_as_object(row), row, _token_weights(row)))
                 rows += len(group)
     return rows
 
 
 def export_encoded(shards: Iterable[Shard], encoder: Encoder, out: Path) -> int:
-    """Write shards' rows as the teacher reads them, `{"input_ids":[T], "loss_mask":[T]}` with `id` and `weight` as
+    """Write shards' rows as the teacher reads them, `{"input_ids":[T], "loss_mask":[T]}` with `id` and weights as
     `export_jsonl`, for another engine to score. Whole or not at all; returns the number of rows.
 
     Raises ShardError and UnreadableFile as `encode_shard`.
@@ -51,7 +51,7 @@ def export_encoded(shards: Iterable[Shard], encoder: Encoder, out: Path) -> int:
         for shard in shards:
             for row in encode_shard(shard, encoder).rows:
                 line = {"input_ids": row.input_ids.tolist(), "loss_mask": row.loss_mask.astype(int).tolist()}
-                stream.write(_as_line(line, row))
+                stream.write(_as_line(line, row, row.token_weights))
                 rows += 1
     return rows
 
@@ -87,8 +87,18 @@ def _as_object(row: CapturedRow) -> dict[str, Any]:
     return line | numbers | {"loss_mask": loss_mask}
 
 
-def _as_line(values: dict[str, Any], row: CapturedRow | EncodedRow) -> str:
-    """The line of a row, with its own id and weight."""
+def _token_weights(row: CapturedRow) -> NDArray[np.float32] | None:
+    if row.position_weights is None:
+        return None
+    weights_T = np.ones(len(row.input_ids), dtype=np.float32)
+    weights_T[row.targets.positions_P + 1] = row.position_weights
+    return weights_T
+
+
+def _as_line(values: dict[str, Any], row: CapturedRow | EncodedRow, token_weights: NDArray[np.float32] | None) -> str:
+    """The line of a row, with its own id and weights."""
+    if token_weights is not None:
+        values["token_weights"] = _short(token_weights)
     if row.id is not None:
         values["id"] = row.id
     if row.weight != 1:

@@ -8,6 +8,7 @@ Position t holds the teacher's distribution of token t + 1 given tokens <= t.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.encode import EncodedRow
+from distill_assets.foundation.fingerprints import SHORT
 
 LOGPROB_STEP = 1 / 16  # nats a step of the compact code; a byte reaches down to -15.94
 ROUNDED_LOG_MASS = 0.05  # nats that storage may move the mass of a position: half a step, and what saturates
@@ -172,7 +174,10 @@ _NOT_JOINED = ("offsets_P1", "weights_N", "tail_sample_ids_PS")
 
 @dataclass(frozen=True)
 class CapturedRow:
-    """One example as the store gives it back. `weight` is the row's own training weight."""
+    """One example as the store gives it back. `weight` is the row's own training weight, `position_weights` [P] what
+    each supervised position counts besides (None: 1). `passes`, how often an epoch a student is to see it, is not
+    stored: that is a setting.
+    """
 
     row: int
     key: str
@@ -181,6 +186,12 @@ class CapturedRow:
     weight: float
     truncated: bool
     targets: SparseTargets
+    position_weights: NDArray[np.float32] | None = None
+    passes: float = 1.0
+
+    @property
+    def weighting(self) -> str:
+        return weighting(self.position_weights)
 
     @staticmethod
     def of(number: int, encoded: EncodedRow, targets: SparseTargets) -> CapturedRow:
@@ -193,7 +204,15 @@ class CapturedRow:
             weight=encoded.weight,
             truncated=encoded.truncated,
             targets=targets,
+            position_weights=encoded.position_weights,
         )
+
+
+def weighting(position_weights: NDArray[np.float32] | None) -> str:
+    """A hash of the weights of a row's positions, "" where all are 1."""
+    if position_weights is None:
+        return ""
+    return hashlib.sha256(position_weights.astype("<f4").tobytes()).hexdigest()[:SHORT]
 
 
 def encode_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:

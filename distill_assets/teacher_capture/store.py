@@ -22,17 +22,19 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedCapture, first_line
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer
-from distill_assets.teacher_capture.sparse_targets import CapturedRow
+from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer, position_weights_of
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 
 if TYPE_CHECKING:
     from distill_assets.teacher_capture.identity import CaptureSpec
@@ -146,25 +148,30 @@ def damaged(path: Path, error: Exception, remedy: str = "delete it and run again
     return CaptureError(f"{path}: damaged or unreadable ({first_line(error)}); {mend}")
 
 
-def read_rows(path: Path, to_learn_from: bool = False) -> list[CapturedRow]:
-    """All rows of a capture file, in order, as stored, or only what a student learns from; CaptureError when it is
-    damaged.
+def read_rows(path: Path, to_learn_from: bool = False, only: NDArray[np.int32] | None = None) -> list[CapturedRow]:
+    """The rows of a capture file, in order, as stored, or only what a student learns from; those numbered `only`, else
+    all. CaptureError when it is damaged.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             without = NOT_LEARNT_FROM if to_learn_from else frozenset()
-            return from_arrow(file.read([name for name in file.schema_arrow.names if name not in without]))
+            table = file.read([name for name in file.schema_arrow.names if name not in without])
+            return from_arrow(table if only is None else table.take(pa.array(only)))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise damaged(path, error) from error
 
 
 @dataclass(frozen=True)
 class RowKey:
-    """A captured row by name, with its training weight, and the row group that holds it."""
+    """A captured row by name, with its training weight, the row group that holds it, a hash of the weights of its
+    positions ("" without), and how often an epoch a student is to see it.
+    """
 
     key: str
     weight: float
     row_group: int
+    weighting: str = ""
+    passes: float = 1.0
 
 
 def read_row_keys(path: Path) -> list[RowKey]:
@@ -183,11 +190,14 @@ def read_row_keys(path: Path) -> list[RowKey]:
 def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return [
-                RowKey(row["key"], row["weight"], group)
-                for group in range(file.num_row_groups)
-                for row in file.read_row_group(group, columns=["key", "weight"]).to_pylist()
-            ]
+            columns = [name for name in ("key", "weight", "position_weights") if name in file.schema_arrow.names]
+            found = []
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=columns)
+                plain = table.select(["key", "weight"]).to_pylist()
+                for row, weights in zip(plain, position_weights_of(table), strict=True):
+                    found.append(RowKey(row["key"], row["weight"], group, weighting(weights)))
+            return found
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise damaged(path, error) from error
 
@@ -374,13 +384,18 @@ class CaptureStore:
         return found
 
     @contextmanager
-    def publishing(self, folder: str, shard: str, version: str, targets: TargetSettings) -> Iterator[CaptureFile]:
+    def publishing(
+        self, folder: str, shard: str, version: str, targets: TargetSettings, position_weights: bool = False
+    ) -> Iterator[CaptureFile]:
         """A capture file to fill, a row group a table; when the block ends it appears whole, or not at all.
 
-        `folder` is its capture id, or IMPORTED.
+        `folder` is its capture id, or IMPORTED; `position_weights`: any of its rows has some.
         """
         path = self.path_of(folder, shard, version)
-        with replacing(path) as beside, parquet_writer(beside, targets) as writer:
+        with (
+            replacing(path) as beside,
+            parquet_writer(beside, targets, position_weights=position_weights) as writer,
+        ):
             yield CaptureFile(path, writer)
 
     def _failure_file(self, capture_id: str, shard: str, version: str) -> Path:

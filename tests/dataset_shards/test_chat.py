@@ -21,7 +21,7 @@ def encode(
     rstrip: bool = False,
 ) -> tuple[list[int], list[int], bool]:
     tokenizer = letters(chat_template=template, rstrip=rstrip)
-    ids, mask, truncated = ChatEncoder(tokenizer).encode(messages, max_length, every)
+    ids, mask, _, truncated = ChatEncoder(tokenizer).encode(messages, max_length, every)
     return ids.tolist(), mask.astype(int).tolist(), truncated
 
 
@@ -38,6 +38,19 @@ def test_content_and_end_of_turn_are_supervised_and_headers_are_not() -> None:
 def test_every_token_with_supervise_all() -> None:
     ids, mask, _ = encode(CHATML, every=True)
     assert mask == [1] * len(ids)
+
+
+def test_a_turn_weighs_what_it_says_content_and_end_alike() -> None:
+    talk = (Message("user", "a"), Message("assistant", "bb", 0.5), Message("user", "c"), Message("assistant", "d", 0.0))
+    encoder = ChatEncoder(letters(chat_template=CHATML))
+    plain, _, nothing, _ = encoder.encode(TALK, 100, False)
+    assert nothing is None
+    for every in (False, True):
+        ids, _, weights, _ = encoder.encode(talk, 100, every)
+        assert weights is not None and ids.tolist() == plain.tolist()
+        assert weights.tolist() == [1.0] * 7 + [0.5] * 3 + [1.0] * 8 + [0.0] * 2 + [1.0]
+    ids, _, weights, _ = encoder.encode(talk, 9, False)
+    assert weights is not None and weights.tolist() == [1.0] * 7 + [0.5] * 2
 
 
 def test_a_cut_conversation_keeps_the_turns_before_the_cut() -> None:
@@ -102,6 +115,8 @@ def test_generation_marks_help_where_prefixes_do_not_nest() -> None:
     ids, mask, _ = encode(marked)
     assert ids == [USER, A, END, BOT, D, END, USER, C, END, BOT, D, END]
     assert mask == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
+    with pytest.raises(ChatProblem, match="differently depending on what follows"):  # marks do not say which turn it is
+        encode(marked, (*TALK[:3], Message("assistant", "d", 2.0)))
 
 
 def test_what_a_template_raises_is_the_reason() -> None:

@@ -79,6 +79,29 @@ def test_golden_encodings(
     assert row.key == hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids) + bytes(mask)).hexdigest()[:32]
 
 
+@pytest.mark.parametrize(
+    ("values", "options", "weights"),
+    [
+        ({**IDS, "token_weights": [5, 2, 0.5]}, {}, [1, 2, 0.5]),
+        ({**IDS, "token_weights": [5, 2, 0.5]}, {"max_length": 2}, [1, 2]),
+        ({**IDS, "loss_mask": [0, 0, 1], "token_weights": [5, 2, 0.5]}, {}, [1, 1, 0.5]),
+        ({**IDS, "loss_mask": [0, 0, 1], "token_weights": [5, 2, 0.5]}, ALL, [1, 2, 0.5]),
+        ({**IDS, "loss_mask": [0, 0, 1], "token_weights": [5, 2, 1]}, {}, None),
+        ({"messages": [*CHAT["messages"][:1], {**CHAT["messages"][1], "weight": 0}]}, {}, [1] * 7 + [0, 0] + [1]),
+        (CHAT, {}, None),
+    ],
+)
+def test_weights_are_of_targets_and_change_no_key(
+    values: dict[str, Any], options: dict[str, Any], weights: list[float] | None
+) -> None:
+    row = encode(values, **options)
+    assert (None if row.token_weights is None else row.token_weights.tolist()) == weights
+    without = {name: value for name, value in values.items() if name != "token_weights"}
+    assert row.key == encode(without, **options).key
+    if weights is not None and row.position_weights is not None:
+        assert row.position_weights.tolist() == [w for w, m in zip(weights, row.loss_mask, strict=True) if m]
+
+
 def test_a_tokenizer_without_eos_ends_nothing() -> None:
     tokenizer = letters()
     tokenizer.eos_token = None

@@ -27,6 +27,16 @@ ROWS: list[tuple[dict[str, Any], Any]] = [
     ),
     ({"input_ids": [0, 5]}, Ids((0, 5), None)),
     ({"input_ids": [7, 8, 9], "loss_mask": [0, True, 1]}, Ids((7, 8, 9), (False, True, True))),
+    ({"input_ids": [7, 8], "token_weights": [0, 2.5]}, Ids((7, 8), None, (0.0, 2.5))),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "content": "a", "weight": 0},
+                {"role": "user", "content": "b", "weight": None},
+            ]
+        },
+        Chat((Message("assistant", "a", 0.0), Message("user", "b"))),
+    ),
 ]
 
 
@@ -75,6 +85,19 @@ BAD: list[tuple[Any, str]] = [
     ({"input_ids": [1], "loss_mask": 1}, "loss_mask must be a list"),
     ({"input_ids": [1, 2], "loss_mask": [0, 2]}, r"loss_mask\[1\] is 2"),
     ({"input_ids": [1, 2], "loss_mask": [0.0, 1]}, r"loss_mask\[0\] is 0.0"),
+    ({"token_weights": [1]}, "token_weights without input_ids"),
+    ({"text": "a", "token_weights": [1]}, "text as well as input_ids"),
+    ({"input_ids": [1, 2], "token_weights": [1]}, "token_weights has 1 entries for 2"),
+    ({"input_ids": [1], "token_weights": 2}, "token_weights must be a list"),
+    ({"input_ids": [1, 2], "token_weights": [1, -1]}, r"token_weights\[1\] is -1"),
+    ({"input_ids": [1, 2], "token_weights": [1, math.nan]}, r"token_weights\[1\] is nan"),
+    ({"input_ids": [1, 2], "token_weights": [None, 1]}, r"token_weights\[0\] must be a number, not null"),
+    (
+        {"messages": [{"role": "user", "content": "a", "weight": 1}]},
+        r"messages\[0\]: weight belongs to messages of the as",
+    ),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": "1"}]}, r"\[0\]: weight must be a number, not text"),
+    ({"text": "a", "weight": 1e39}, "weight is 1e"),
     ({"text": "a", "weight": math.nan}, "weight is nan"),
     ({"text": "a", "weight": math.inf}, "weight is inf"),
     ({"text": "a", "weight": 10**400}, "weight is inf"),

@@ -15,7 +15,13 @@ CASES = {
         "student": {"from_teacher_layers": list(range(0, 60, 2))},
         "tokenizer": {"accept": ["eos_token", "yes", "null", "3", "Übermut: [x]"]},
         "data": {"shards": "*.jsonl", "heldout": ["held, out*", "'"], "validation": []},
-        "training": {"learning_rate": 1.0e-7, "kd_weight": 1.0, "seed": 123456789012},
+        "training": {
+            "learning_rate": 1.0e-7,
+            "kd_weight": 1.0,
+            "seed": 123456789012,
+            "where": "id LIKE 'a: # \"b\"%'\nAND tokens > 3",
+            "mixture": {"web: [*]": 0.5, "*": 2.0},
+        },
         "control": False,
     },
     "drawn targets": {

@@ -107,3 +107,18 @@ def test_nothing_is_trained_under_a_name_that_is_only_remembered(root: Path) -> 
     record = StudentSide(Pipeline(Home(root))).train("student", device="cpu", force=False)
     assert record.spec.student_id == right["student"]
     assert [folder.name for folder in (root / "students").iterdir()] == [right["student"]]
+
+
+def test_what_was_chosen_is_remembered_and_asked_again_only_when_something_changed(root: Path) -> None:
+    edit(root, training={"where": "row > 0"})
+    Pipeline(Home(root)).refresh_catalog()
+    right = ids(root)
+    remember(root, WRONG)
+    assert ids(root) == WRONG
+    edit(root, training={"where": "row > 1"})
+    assert right != ids(root) != WRONG
+    edit(root, training={"where": "row > 0"})
+    assert ids(root) == right
+    remember(root, WRONG)
+    os.utime(next((root / "captures").glob("*/s1@*.parquet")))
+    assert ids(root) == right

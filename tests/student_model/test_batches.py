@@ -21,16 +21,30 @@ def test_every_row_once_an_epoch_within_the_budget(lengths: list[int], budget: i
     assert plan == plan_batches(lengths, budget, epochs, seed)
     for batch in plan:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-    ends = epoch_ends(plan, len(lengths))
+    ends = epoch_ends(plan, [len(lengths)] * epochs)
     assert len(ends) == epochs and ends[-1] == len(plan)
     for start, end in zip([0, *ends], ends, strict=False):
         assert sorted(i for batch in plan[start:end] for i in batch) == list(range(len(lengths)))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=25), min_size=1, max_size=4), st.integers(2, 90))
+def test_an_epoch_has_the_rows_it_is_given_as_often_as_they_are_given(epochs: list[list[int]], budget: int) -> None:
+    lengths = [3 + 4 * i for i in range(10)]
+    plan = plan_batches(lengths, budget, len(epochs), 0, lambda epoch: epochs[epoch])
+    ends = epoch_ends(plan, list(map(len, epochs)))
+    assert ends[-1] == len(plan)
+    for rows, start, end in zip(epochs, [0, *ends], ends, strict=False):
+        assert sorted(i for batch in plan[start:end] for i in batch) == sorted(rows)
+    for batch in plan:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
 def test_epochs_and_seeds_differ_and_little_is_padding() -> None:
     lengths = [5 + (37 * i) % 60 for i in range(400)]
     plan = plan_batches(lengths, 512, epochs=2, seed=0)
-    first, second = plan[: epoch_ends(plan, 400)[0]], plan[epoch_ends(plan, 400)[0] :]
+    end, _ = epoch_ends(plan, [400, 400])
+    first, second = plan[:end], plan[end:]
     assert first != second
     assert first != plan_batches(lengths, 512, epochs=1, seed=1)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
@@ -50,6 +64,13 @@ def test_collation_puts_labels_where_they_are_predicted_and_targets_in_label_ord
     probabilities = batch["support_logprobs_NK"].exp()
     np.testing.assert_allclose(probabilities, [[0.6, 0.2], [0.9, 0.0], [1.02 / 1.04, 0.0]], rtol=1e-6)
     np.testing.assert_allclose(batch["tail_logprob_N"].exp(), [0.2, 0.1, 0.02 / 1.04], rtol=1e-6)
+
+
+def test_a_position_counts_its_own_weight_times_its_rows() -> None:
+    long = row_of([5, 6, 7, 8], [1, 2], [{7: 0.6}, {8: 0.9}], [0.4, 0.1])
+    short = row_of([3, 4], [0], [{4: 0.5}], [0.5])
+    weighted = replace(long, weight=2.0, position_weights=np.array([0.5, 3.0], np.float32))
+    assert collate([weighted, short], with_targets=False)["weight_N"].tolist() == [1.0, 6.0, 1.0]
 
 
 def test_the_control_sees_the_same_rows_without_targets() -> None:

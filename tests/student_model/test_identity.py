@@ -16,6 +16,8 @@ from distill_assets.student_model.vocabulary import StudentVocabulary
 class Row:
     key: str
     weight: float = 1.0
+    weighting: str = ""
+    passes: float = 1.0
 
 
 def an_id(kind: str = "student", **changes: Any) -> str:
@@ -36,6 +38,9 @@ EVERYTHING = [
     {"rows": [Row("a")]},
     {"rows": [Row("a"), Row("b")]},
     {"rows": [Row("a"), Row("b", 2.0), Row("a")]},
+    {"rows": [Row("a", passes=0.5), Row("b", 2.0)]},
+    {"rows": [Row("a", weighting="0f"), Row("b", 2.0)]},
+    {"training": TrainingSettings(where="row > 0")},
     {"validation": []},
     {"training": TrainingSettings(seed=1)},
     {"training": TrainingSettings(learning_rate=1e-3)},
@@ -78,6 +83,13 @@ def test_the_weight_of_tail_samples_is_in_the_id_only_where_there_are_some() -> 
     assert an_id(training=changed) == an_id()
     assert an_id(training=changed, **sampled) != an_id(**sampled)
     assert an_id("control", training=changed, **sampled) == an_id("control")
+
+
+def test_a_mixture_is_in_the_id_by_what_it_comes_to() -> None:
+    """Patterns name shards, and what a shard is called is not part of a student."""
+    assert an_id(training=TrainingSettings(mixture={"s*": 0.5})) == an_id()
+    rows = [Row("a", passes=0.5), Row("a"), Row("a", 2.0), Row("a", passes=2.0)]
+    assert an_id(rows=rows) == an_id(rows=rows[::-1])
 
 
 def test_students_of_plain_top_k_keep_the_id_they_always_had() -> None:

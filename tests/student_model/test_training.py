@@ -21,6 +21,7 @@ from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
+from distill_assets.student_model.choice import Turns
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.initial import initial_student
 from distill_assets.student_model.losses import LossMixture
@@ -187,6 +188,33 @@ def test_row_weights_count(
     assert heavy.curve[0].loss == pytest.approx(2 * plain.curve[0].loss, rel=1e-5)
 
 
+def test_two_passes_are_each_row_twice(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    twice = [replace(row, passes=2.0) for row in rows]
+    a = train_student(spec_of(epochs=2), fresh(teacher), tokenizer, twice, tmp_path / "a", device="cpu")
+    b = train_student(spec_of(epochs=2), fresh(teacher), tokenizer, [*rows, *rows], tmp_path / "b", device="cpu")
+    assert a.curve == b.curve
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_epochs_of_different_sizes_end_where_their_rows_do(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    some = [replace(row, passes=0.5) for row in rows]
+    turns = Turns(sorted(some, key=lambda row: row.key), spec_of().training.seed)
+    report = train_student(
+        spec_of(epochs=3), fresh(teacher), tokenizer, some, tmp_path / "a", validation=rows[:2], device="cpu"
+    )
+    assert [point.epoch for point in report.validation] == [1, 2, 3]
+    ordered = sorted(some, key=lambda row: row.key)
+    wanted = [sum(ordered[i].targets.n_positions for i in turns.of(epoch)) for epoch in range(3)]
+    ends = [point.step for point in report.validation]
+    steps = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    assert [sum(report.curve[step].tokens for step in each) for each in steps] == wanted
+    assert len(set(wanted)) > 1
+
+
 def test_two_accumulated_batches_are_one_step_over_both(
     teacher: ModelFolder, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
@@ -194,7 +222,7 @@ def test_two_accumulated_batches_are_one_step_over_both(
         module = DistillationModule(fresh(teacher), StudentVocabulary(320), LossMixture(kd_weight=0.9))
         arguments = training_arguments(spec_of().training, 1, torch.device("cpu"), tmp_path)
         arguments.gradient_accumulation_steps = accumulation
-        trainer = DistillationTrainer(module, arguments, rows, plan, with_targets=True)
+        trainer = DistillationTrainer(module, arguments, rows, plan, [len(rows)], with_targets=True)
         trainer.train()
         return trainer
 

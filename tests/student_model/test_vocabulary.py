@@ -96,6 +96,14 @@ def test_weights_of_what_is_left_grow_to_the_sum_all_had() -> None:
     np.testing.assert_allclose(fitted.targets.weights_N, [0.8 * 2 / 3, 0.8 / 3, 0.0, 0.7], rtol=1e-6)
 
 
+def test_a_position_that_goes_takes_its_weight_along() -> None:
+    row = row_of([1, 9, 3, 4], [0, 1, 2], [{2: 0.9}, {3: 0.9}, {4: 0.9}], [0.1] * 3)
+    row = replace(row, position_weights=np.array([0.5, 2.0, 3.0], dtype=np.float32))
+    (fitted,), _ = fit_rows([row], StudentVocabulary(9), MANY)
+    assert fitted.targets.positions_P.tolist() == [1, 2]
+    assert fitted.position_weights is not None and fitted.position_weights.tolist() == [2.0, 3.0]
+
+
 def test_a_position_without_any_known_id_learns_nothing_from_weights() -> None:
     row = row_of([1, 2, 3], [0, 1], [{9: 0.9}, {3: 0.9}], [0.1, 0.1])
     row = replace(row, targets=replace(row.targets, weights_N=np.array([1.0, 0.6], dtype=np.float32)))

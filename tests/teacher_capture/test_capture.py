@@ -21,7 +21,9 @@ from distill_assets.foundation.errors import CaptureError, ShardError
 from distill_assets.foundation.progress import Progress
 from distill_assets.student_model.batches import collate
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
-from distill_assets.teacher_capture.store import FOOTER, read_capture, read_row_group, read_rows
+from distill_assets.teacher_capture.checks import check_complete
+from distill_assets.teacher_capture.inspection import inspect_capture
+from distill_assets.teacher_capture.store import FOOTER, read_capture, read_row_group, read_row_keys, read_rows
 from tests import tiny
 from tests.bench import Bench
 
@@ -100,6 +102,34 @@ def test_reused_rows_equal_captured_rows(bench: Bench) -> None:
         before = original[row.key].targets
         for name in ("positions_P", "support_ids_N", "support_logprobs_N", "tail_logprob_P", "entropy_P"):
             assert np.array_equal(getattr(row.targets, name), getattr(before, name))
+
+
+def test_weights_of_positions_are_stored_beside_targets_that_no_teacher_sees_again(
+    bench: Bench, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = [tokenizer(text)["input_ids"][:20] for text in tiny.TEXT[:3]]
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The cat"}]}
+    rewrite(bench, "s0", [*({"input_ids": each} for each in ids), talk])  # type: ignore[list-item]
+    plain = capture(bench, "s0").capture
+    assert "position_weights" not in pq.read_schema(plain.path).names
+    talk["messages"][1]["weight"] = 0.25  # type: ignore[assignment]
+    weighted = [{"input_ids": ids[0]}, {"input_ids": ids[1], "token_weights": [0.5 * t for t in range(len(ids[1]))]}]
+    rewrite(bench, "s0", [*weighted, {"input_ids": ids[2]}, talk])  # type: ignore[list-item]
+    report = capture(bench, "s0")
+    assert (report.capture.stats.rows_captured, report.capture.stats.rows_reused) == (0, 4)
+    before, after = read_rows(plain.path), read_rows(report.capture.path, to_learn_from=True)
+    assert [row.key for row in before] == [row.key for row in after]
+    for old, new in zip(before, after, strict=True):
+        assert np.array_equal(old.targets.support_logprobs_N, new.targets.support_logprobs_N)
+    assert [row.position_weights is None for row in after] == [True, False, True, False]
+    assert after[1].position_weights.tolist() == [0.5 * t for t in range(1, len(ids[1]))]  # type: ignore[union-attr]
+    assert set(after[3].position_weights.tolist()) == {0.25}  # type: ignore[union-attr]
+    assert [key.weighting for key in read_row_keys(report.capture.path)] == [row.weighting for row in after]
+    assert list(inspect_capture(report.capture.path, n_ids=None)) == []
+    assert check_complete(bench.spec, [(bench.shards["s0"], report.capture)]).passed
+    talk["messages"][1]["weight"] = 0.5  # type: ignore[assignment]
+    rewrite(bench, "s0", [*weighted, {"input_ids": ids[2]}, talk])  # type: ignore[list-item]
+    assert "row 3 is not the shard's" in check_complete(bench.spec, [(bench.shards["s0"], report.capture)]).problems[0]
 
 
 def test_repeated_rows_are_scored_once(bench: Bench) -> None:

@@ -90,6 +90,28 @@ def test_shard_and_capture_are_what_the_ordinary_code_makes_of_them(bench: Bench
     assert planned(bench, "s0").state == "current" and planned(bench, "s0").rows_to_capture == 0
 
 
+def test_weights_of_tokens_come_in_go_out_and_may_be_edited(bench: Bench, tmp_path: Path) -> None:
+    rows = lines()
+    rows[1] |= {"token_weights": [1.0, 0.5, 0.0, 3.0], "loss_mask": [0, 1, 1, 0]}
+    capture = import_lines(bench, rows).capture
+    assert "position_weights" not in pq.read_schema(import_lines(bench, lines(), "s9").capture.path).names
+    weights = [row.position_weights for row in read_rows(capture.path)]
+    assert [None if w is None else w.tolist() for w in weights] == [None, [0.5, 0.0], None]
+    assert list(inspect_capture(capture.path, n_ids=None)) == []
+    export_jsonl([capture], out := tmp_path / "out.jsonl")
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("token_weights") for line in written] == [None, [1.0, 0.5, 0.0, 1.0], None]
+    assert import_lines(bench, out, "again").capture.capture_id == capture.capture_id
+
+    shard = bench.shards["s0"].path
+    own = [json.loads(line) for line in shard.read_text().splitlines()]
+    tiny.write_jsonl(shard, [{**own[0], "token_weights": [1, 2, 2, 1]}, *own[1:]])
+    edited = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu")
+    found = [row.position_weights for row in read_rows(edited.capture.path)]
+    assert [None if w is None else w.tolist() for w in found] == [[2.0, 2.0, 1.0], [0.5, 0.0], None]
+    assert edited.capture.is_imported and edited.capture.capture_id == capture.capture_id
+
+
 def test_the_footer_says_that_it_was_imported(bench: Bench) -> None:
     capture = import_lines(bench, lines()).capture
     footer = json.loads(pq.read_metadata(capture.path).metadata[FOOTER])

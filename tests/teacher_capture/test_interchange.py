@@ -74,6 +74,12 @@ def test_encoded_rows_are_what_the_teacher_would_see(bench: Bench, tmp_path: Pat
     keys = [row.key for shard in shards for row in encode_shard(shard, bench.spec.encoder).rows]
     assert [row.key for row in encode_shard(bench.shards["again"], bench.spec.encoder).rows] == keys
     tiny.write_jsonl(bench.home.root / "shards" / "named.jsonl", [{"text": 5}])
+    weighted = {"input_ids": lines[0]["input_ids"], "token_weights": [0.5] * len(lines[0]["input_ids"])}
+    tiny.write_jsonl(bench.home.root / "shards" / "weighted.jsonl", [weighted, lines[1]])
+    assert export_encoded([bench.shards["weighted"]], bench.spec.encoder, tmp_path / "weighted.jsonl") == 2
+    first, second = map(json.loads, (tmp_path / "weighted.jsonl").read_text().splitlines())
+    assert first["token_weights"] == [1.0, *[0.5] * (len(lines[0]["input_ids"]) - 1)]
+    assert "token_weights" not in second
     with pytest.raises(ShardError, match="line 1: text must be text"):
         export_encoded([bench.shards["named"]], bench.spec.encoder, out)
     assert len(out.read_text().splitlines()) == 9  # whole, or as it was
