@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,23 +18,43 @@ from safetensors import SafetensorError
 
 from distill_assets.foundation.files import disk_problem
 from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
 from tests.bench import Bench
 
 CAPTURE = """
-import resource, sys
+import json, resource, shutil, subprocess, sys
 from pathlib import Path
 from distill_assets.foundation.files import disk_problem
 from distill_assets.teacher_capture.capture import capture_shard
 from tests.bench import Bench
 
-bench = Bench(Path(sys.argv[1]))
-spec, shard = bench.spec, bench.shards["s0"]
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    capture_shard(spec, shard, bench.store, device="cpu", batch_tokens=64)
-except OSError as error:
-    sys.exit(7 if disk_problem(error) else 1)
+bench, way, limits, result = Bench(Path(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
+spec, shard, captures = bench.spec, bench.shards["s0"], bench.home.captures
+
+def leave(size):
+    if way == "disk":
+        subprocess.run(["mount", "-o", f"remount,size={size}", captures], check=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def capture():
+    return capture_shard(spec, shard, bench.store, device="cpu", batch_tokens=64).capture.path
+
+captures.mkdir()
+if way == "disk":
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", captures], check=True)
+told = []
+for limit in limits:
+    leave(limit)
+    try:
+        capture()
+    except OSError as error:
+        left = [file.name for file in captures.rglob("*") if file.is_file()]
+        told.append([disk_problem(error), left])
+leave(1 << 30)
+shutil.copy(capture(), result)
+print(json.dumps(told))
 """
 LARGEST_FILE_BYTES = 300_000  # Dagster's database reaches it in the middle of the first run
 
@@ -61,9 +84,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(home: Path) -> None:
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
+def can_mount(folder: Path) -> bool:
+    """Whether a small disk of one's own is allowed here."""
+    folder.mkdir()
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    return shutil.which("unshare") is not None and subprocess.run(command, check=False).returncode == 0
+
+
 def test_a_disk_that_fills_up_in_a_capture_keeps_its_finished_chunks(
     tmp_path: Path, teacher_folder: Path, bench: Bench
 ) -> None:
+    """On a disk that is really full; where no disk can be mounted, with files that must not grow."""
     rows = tiny.example_rows(300)
     for root in (bench.home.root, other := tiny.make_home(tmp_path / "other", teacher_folder, shards=1)):
         tiny.write_jsonl(root / "shards" / "s0.jsonl", rows)
@@ -71,14 +102,21 @@ def test_a_disk_that_fills_up_in_a_capture_keeps_its_finished_chunks(
     expected = capture_shard(
         undisturbed.spec, undisturbed.shards["s0"], undisturbed.store, device="cpu", batch_tokens=64
     )
-    whole = expected.capture.path.stat().st_size
-    for limit in (whole // 50, whole // 2):  # not a chunk fits; chunks fit, the capture file does not
-        child = subprocess.run([sys.executable, "-c", CAPTURE, str(bench.home.root), str(limit)], check=False)
-        assert child.returncode == 7
-        assert not list(bench.home.captures.rglob("s0@*.parquet")) and not list(bench.home.captures.rglob(".partial-*"))
-    assert list(bench.home.captures.rglob(".unfinished-*/*.parquet"))
-    resumed = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=64).capture
-    assert pq.read_table(resumed.path).equals(pq.read_table(expected.capture.path))
+    whole, resumed = expected.capture.path.stat().st_size, tmp_path / "resumed.parquet"
+    # Not a chunk fits; chunks fit, the capture (beside them, on a disk) does not.
+    disk = can_mount(tmp_path / "mount")
+    limits = [4096, whole if disk else whole // 2]
+    command = [sys.executable, "-c", CAPTURE, str(bench.home.root), "disk" if disk else "file", json.dumps(limits)]
+    own_mounts = ["unshare", "--map-root-user", "--mount"] if disk else []
+    child = subprocess.run([*own_mounts, *command, str(resumed)], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    (said, nothing), (said_again, chunks) = json.loads(child.stdout)
+    for problem in (said, said_again):
+        assert os.strerror(errno.ENOSPC if disk else errno.EFBIG) in problem
+    assert not [name for name in nothing if name.endswith(".parquet")]
+    assert chunks and all(re.fullmatch(r"\d{9}\.parquet", name) for name in chunks)
+    assert read_capture(resumed).stats.rows_captured == len(rows)
+    assert pq.read_table(resumed).equals(pq.read_table(expected.capture.path))
 
 
 def test_the_disk_is_named_wherever_it_stands_in_the_chain() -> None:

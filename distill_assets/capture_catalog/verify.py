@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow.parquet as pq
 
 from distill_assets.capture_catalog import schema
 from distill_assets.capture_catalog.lineage import read_lineages
@@ -42,7 +41,11 @@ def compare_with_store(catalog: Path, captures: Sequence[Capture]) -> list[str]:
     held = {(c.shard, c.capture_id, c.version): c for c in captures}
     problems += [f"shard {shard} is listed, but its capture is not in the store" for shard, *_ in listed.keys() - held]
     for key, capture in held.items():
-        rows = pq.read_metadata(capture.path).num_rows
+        try:
+            rows = read_capture(capture.path).stats.rows
+        except CaptureError as error:
+            problems.append(str(error))
+            continue
         if key not in listed:
             problems.append(f"shard {capture.shard} is captured, but not listed")
         elif not rows == listed[key] == counted.get(capture.shard, 0):

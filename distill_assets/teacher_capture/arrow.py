@@ -169,7 +169,7 @@ def _padded_ids(offsets_P1: NDArray[np.int64], ids_M: NDArray[np.int32]) -> NDAr
 
 def from_arrow(table: pa.Table) -> list[CapturedRow]:
     """Rows as they were stored: log-probabilities decoded, not normalised. Columns of NOT_LEARNT_FROM may be left out:
-    then nothing is known of them.
+    then nothing is known of them. ValueError where a number is none: what is not known is stored as null.
     """
     ids_offsets, ids = _split(table["input_ids"])
     row_offsets, positions = _split(table["positions"])
@@ -184,7 +184,11 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     def floats(name: str, null: float) -> NDArray[np.float32]:
         if name not in table.column_names:
             return np.full(len(positions), np.nan, dtype=np.float32)
-        return _split(table[name])[1].cast(pa.float32()).fill_null(null).to_numpy(zero_copy_only=False)
+        stored = _split(table[name])[1].cast(pa.float32())
+        values_P = stored.fill_null(null).to_numpy(zero_copy_only=False)
+        if np.count_nonzero(np.isnan(values_P)) != (stored.null_count if np.isnan(null) else 0):
+            raise ValueError(f"{name} that is not a number")
+        return values_P
 
     tail, gold, entropy = (
         floats(name, null) for name, null in zip(_PER_POSITION, (-np.inf, np.nan, np.nan), strict=True)

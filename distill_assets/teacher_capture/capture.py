@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from distill_assets.dataset_shards.discover import Shard
@@ -30,7 +31,7 @@ from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.imported import copy_imported
-from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows, held, targets_at
+from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
@@ -133,7 +134,10 @@ def _capture(
                     if teacher is None:
                         teacher = turn.enter_context(teacher_in_turn(spec.weights, spec.dtype, device))
                         began = time.monotonic()
-                    scored = _score(teacher, chunk.start, fresh, spec.targets, finished, planned, meter)
+                    try:
+                        scored = _score(teacher, chunk.start, fresh, spec.targets, finished, planned, meter)
+                    except CaptureError as error:
+                        raise CaptureError(f"shard {shard.key} ({shard.path}): {error}") from error
                 targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
                 derived_from = {source for key in keys & stored.keys() for source in stored[key].derived_from}
                 rows = [CapturedRow.of(chunk.start + i, row, targets[row.key]) for i, row in enumerate(chunk.rows)]
@@ -165,10 +169,12 @@ class _Before:
     def __init__(self, spec: CaptureSpec, store: CaptureStore, finished: ChunkFolder, force: bool) -> None:
         self._spec, self._store, self._finished, self._force = spec, store, finished, force
         self._sources = [] if force else sources(store, spec)
+        self._made = KeyIndex()  # of a forced capture's own chunks; nobody needs them when it has ended
 
     def _own(self) -> KeyIndex:
         if self._force:
-            return held(self._finished.folder, self._finished.files())
+            self._made.look_at(self._finished.files())
+            return self._made
         return captured_rows(self._store, self._spec.capture_id)
 
     def _others(self) -> dict[str, KeyIndex]:
@@ -181,14 +187,28 @@ class _Before:
 
     def rows(self, keys: set[str]) -> dict[str, _Stored]:
         """Those rows, read; what damaged files alone held is left out."""
+        found = self._read(keys)
+        # A neighbour that ends while its chunks are read takes them away; its capture holds the rows since.
+        return found | self._read(keys - found.keys())
+
+    def _read(self, keys: set[str]) -> dict[str, _Stored]:
         own = targets_at(self._own().places(keys))
-        origins = {path: tuple(derived_sources(path)) for path in {path for path, _ in own.values()}}
-        found = {key: _Stored(targets, origins[path]) for key, (path, targets) in own.items()}
+        origins = _origins({path for path, _ in own.values()})
+        found = {key: _Stored(targets, origins[path]) for key, (path, targets) in own.items() if path in origins}
         wanted = self._spec.targets
         for source, rows in self._others().items():
             for key, (_, targets) in targets_at(rows.places(keys - found.keys())).items():
                 found[key] = _Stored(targets.narrowed(wanted.k, wanted.min_probability), (source,))
         return found
+
+
+def _origins(paths: Collection[Path]) -> dict[Path, tuple[str, ...]]:
+    """What files of captured rows were derived from; files that are damaged, or gone by now, are left out."""
+    origins = {}
+    for path in paths:
+        with suppress(CaptureError):
+            origins[path] = derived_sources(path)
+    return origins
 
 
 class _Meter:

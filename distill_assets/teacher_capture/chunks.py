@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
+from distill_assets.teacher_capture.arrow import capture_schema, to_arrow
+from distill_assets.teacher_capture.sealed import SEAL, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
-from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats
+from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats, reading
 
 CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
@@ -161,11 +163,33 @@ def _perplexity(mean_logprob: float) -> float | None:
     return math.exp(-mean_logprob) if -mean_logprob < math.log(sys.float_info.max) else None
 
 
-def derived_sources(file: Path) -> list[str]:
-    """The other captures that a capture file, or a chunk of one under way, was derived from."""
-    metadata = pq.read_metadata(file).metadata or {}
-    footer = json.loads(metadata.get(FOOTER) or metadata[_FOOTER])
-    return list(footer.get("derived_from", ()))
+def derived_sources(file: Path) -> tuple[str, ...]:
+    """The other captures that a capture file, or a chunk of one under way, was derived from; CaptureError when it is
+    damaged, or gone.
+    """
+    with reading(file) as parquet:
+        metadata = parquet.metadata.metadata or {}
+        return tuple(json.loads(metadata.get(FOOTER) or metadata[_FOOTER]).get("derived_from", ()))
+
+
+@dataclass(frozen=True)
+class ChunkFooter:
+    """What a chunk file says of its rows."""
+
+    rows: str
+    figures: Figures
+    derived_from: tuple[str, ...]
+
+
+@contextmanager
+def reading_chunk(file: Path) -> Iterator[tuple[ChunkFooter, pq.ParquetFile]]:
+    """A chunk file to read from; CaptureError when it is damaged. One without a seal is not believed."""
+    with reading(file, "`distill run` redoes it") as parquet:
+        metadata = parquet.metadata.metadata
+        if SEAL not in metadata:
+            raise ValueError("it has no seal")
+        said = json.loads(metadata[_FOOTER])
+        yield ChunkFooter(said["rows"], Figures(**said["figures"]), tuple(said["derived_from"])), parquet
 
 
 def told_identity(folder: Path) -> Mapping[str, Any] | None:
@@ -199,15 +223,17 @@ class ChunkFolder:
     def is_finished(self, chunk: Chunk) -> bool:
         """Whether these very rows were finished before, undamaged to the last byte."""
         try:
-            pq.read_table(self._file(chunk), page_checksum_verification=True)
-            return bool(self._footer(chunk)["rows"] == chunk.fingerprint)
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+            with reading_chunk(self._file(chunk)) as (said, parquet):
+                table = parquet.read()
+        except CaptureError:
             return False
+        return said.rows == chunk.fingerprint and table.schema.equals(
+            capture_schema(self._targets, self._position_weights)
+        )
 
-    def _footer(self, chunk: Chunk) -> dict[str, Any]:
-        metadata = pq.read_metadata(self._file(chunk)).metadata or {}
-        footer: dict[str, Any] = json.loads(metadata[_FOOTER])
-        return footer
+    def _footer(self, chunk: Chunk) -> ChunkFooter:
+        with reading_chunk(self._file(chunk)) as (said, _):
+            return said
 
     def write(
         self, chunk: Chunk, rows: Sequence[CapturedRow], figures: Figures, derived_from: Collection[str]
@@ -218,7 +244,7 @@ class ChunkFolder:
         table = to_arrow(rows, self._targets, self._position_weights)
         with (
             replacing(self._file(chunk)) as beside,
-            parquet_writer(beside, self._targets, SHORT_LIVED, self._position_weights) as writer,
+            sealed_writer(beside, self._targets, SHORT_LIVED, self._position_weights) as writer,
         ):
             writer.write_table(table)
             footer = {"rows": chunk.fingerprint, "figures": asdict(figures), "derived_from": sorted(derived_from)}
@@ -232,30 +258,28 @@ class ChunkFolder:
     def reduce_forward_tokens(self, start: int, planned: int, tokens: int) -> None:
         """Remember that memory ran out in the chunk at `start`: a run that goes on must batch alike."""
         write_json(
-            self.folder / _BUDGET, {"planned": planned, "reductions": [*self._reductions(planned), [start, tokens]]}
+            self.folder / _BUDGET, {"planned": planned, "reductions": [*self._reductions(planned), (start, tokens)]}
         )
 
-    def _reductions(self, planned: int) -> list[list[int]]:
+    def _reductions(self, planned: int) -> list[tuple[int, int]]:
         try:
             journal = json.loads((self.folder / _BUDGET).read_text(encoding="utf-8"))
-            return list(journal["reductions"]) if journal["planned"] == planned else []
+            reductions = [(int(start), int(tokens)) for start, tokens in journal["reductions"]]
+            return reductions if journal["planned"] == planned else []
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
     def figures(self, chunks: Sequence[Chunk]) -> list[Figures]:
-        return [Figures(**self._footer(chunk)["figures"]) for chunk in chunks]
+        return [self._footer(chunk).figures for chunk in chunks]
 
     def derived_from(self, chunks: Sequence[Chunk]) -> list[str]:
         """Captures that served some of these rows."""
-        return sorted({source for chunk in chunks for source in self._footer(chunk).get("derived_from", ())})
+        return sorted({source for chunk in chunks for source in self._footer(chunk).derived_from})
 
     def table(self, chunk: Chunk) -> pa.Table:
         """The rows of a finished chunk, as stored; CaptureError when the file is damaged."""
-        file = self._file(chunk)
-        try:
-            return pq.read_table(file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise CaptureError(f"{file}: damaged or unreadable ({error}); delete it and run again") from error
+        with reading_chunk(self._file(chunk)) as (_, parquet):
+            return parquet.read()
 
     def begin_anew(self) -> None:
         """Forget all chunks but those of a forced capture that was killed."""

@@ -3,7 +3,8 @@
 A capture that kept the k likeliest ids holds the k' < k likeliest too, and those above a higher
 probability; the mass of what is dropped joins the tail. Tail samples were drawn outside one support and
 cannot stand for another. From a compact capture the threshold is
-met on rounded log-probabilities, so ids within 1/32 nat of it may fall on either side.
+met on rounded log-probabilities, so ids within 1/32 nat of it may fall on either side; below 1.2e-7, where a byte
+ends, it drops none.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ K = most ids kept, S = draws at a position.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from distill_assets.teacher_capture.draws import draws_per_position, row_bits
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 from distill_assets.teacher_capture.top_k import MOST_ROWS, top_k_targets
+
+_Work = TypeVar("_Work")
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -65,12 +69,13 @@ def score_rows(
     """
     ahead: _Launched | None = None
     for batch in plan_batches([len(row.input_ids) for row in rows], batch_tokens):
-        launched = _launch(teacher, batch, [rows[i] for i in batch], targets)
+        here = [rows[i] for i in batch]
+        launched = _within_memory(teacher, here, partial(_run_batch, teacher, batch, here, targets))
         if ahead is not None:
-            yield from ahead.collect()
+            yield from _within_memory(teacher, ahead.rows, ahead.collect)
         ahead = launched
     if ahead is not None:
-        yield from ahead.collect()
+        yield from _within_memory(teacher, ahead.rows, ahead.collect)
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,16 @@ class _Launched:
     columns: Mapping[str, Tensor]
     copied: torch.cuda.Event | None
 
-    def collect(self) -> Iterator[tuple[int, SparseTargets]]:
+    def collect(self) -> list[tuple[int, SparseTargets]]:
         if self.copied is not None:
             self.copied.synchronize()
-        yield from zip(self.indices, _to_rows(self.columns, self.rows, self.positions), strict=True)
+        return list(zip(self.indices, _to_rows(self.columns, self.rows, self.positions), strict=True))
 
 
-def _launch(teacher: Teacher, indices: Sequence[int], rows: Sequence[EncodedRow], targets: TargetSettings) -> _Launched:
+def _within_memory(teacher: Teacher, rows: Sequence[EncodedRow], work: Callable[[], _Work]) -> _Work:
+    """What `work` on a batch of these rows gives; OutOfMemory when the device, or the host, has no room for it."""
     try:
-        return _run_batch(teacher, indices, rows, targets)
+        return work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

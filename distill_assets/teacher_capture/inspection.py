@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.encode import row_key
 from distill_assets.foundation.errors import CaptureError
@@ -25,7 +24,7 @@ from distill_assets.foundation.problems import ProblemKind
 from distill_assets.teacher_capture.arrow import from_arrow
 from distill_assets.teacher_capture.chunks import Cost, Figures, total_stats
 from distill_assets.teacher_capture.sparse_targets import LEAST_MASS, ROUNDED_LOG_MASS, CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, damaged, read_capture
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStats, read_capture, reading
 from distill_assets.teacher_capture.target_rules import TargetRules, position_rounding
 
 _KEPT_MASS_OFF = 0.01  # what rounding may change of a mean: a mass m by m (1 - m) / 32 at most
@@ -54,21 +53,18 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
             raise CaptureError(reason)
     except CaptureError as error:
         yield "damaged", str(error).removeprefix(f"{path}: ").partition("; ")[0]
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         yield "damaged", f"its footer cannot be true ({error!r})"
 
 
 def capture_row_groups(path: Path) -> Iterator[list[CapturedRow]]:
     """The rows of a capture file, a row group at a time, as stored; CaptureError where it is damaged."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                if (uneven := _uneven_column(table)) is not None:
-                    raise CaptureError(f"{path}: row group {group}: {uneven} has not one entry a position")
-                yield from_arrow(table)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise damaged(path, error) from error
+    with reading(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            if (uneven := _uneven_column(table)) is not None:
+                raise CaptureError(f"{path}: row group {group}: {uneven} has not one entry a position")
+            yield from_arrow(table)
 
 
 def _uneven_column(table: pa.Table) -> str | None:

@@ -33,7 +33,8 @@ from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedC
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer, position_weights_of
+from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, capture_schema, from_arrow, position_weights_of
+from distill_assets.teacher_capture.sealed import opened, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ IMPORT_AGAIN = "import it again (`distill import --replace`)"
 UNFINISHED = ".unfinished-"
 LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
+# What readers of Parquet, and of the JSON in it, raise on bytes that nobody wrote.
+_UNREADABLE = (OSError, pa.ArrowException, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _SETTLED_NS = 2_000_000_000  # a folder's time of change may be this coarse
 
 
@@ -121,11 +124,10 @@ def read_capture(path: Path) -> Capture:
 
 @lru_cache(maxsize=100_000)
 def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Capture:
-    try:
-        metadata = (pq.read_metadata(path).metadata or {}).get(FOOTER)
-        if metadata is None:
+    with reading(path, "`distill run` makes it again") as file:
+        footer = _footer(file)
+        if footer is None:
             raise CaptureError(f"{path}: a Parquet file, but not a capture; move it out of captures/")
-        footer = json.loads(metadata)
         return Capture(
             path=path,
             capture_id=footer["capture_id"],
@@ -138,8 +140,6 @@ def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Captur
             created=footer["created"],
             derived_from=tuple(footer.get("derived_from", ())),
         )
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error, "`distill run` makes it again") from error
 
 
 def damaged(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
@@ -148,17 +148,45 @@ def damaged(path: Path, error: Exception, remedy: str = "delete it and run again
     return CaptureError(f"{path}: damaged or unreadable ({first_line(error)}); {mend}")
 
 
+@contextmanager
+def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.ParquetFile]:
+    """The one way to read a file of captured rows; CaptureError when it is damaged, whatever the block, which does
+    nothing but read, meets in it. A capture has the columns and the number of rows that its footer says.
+    """
+    try:
+        with opened(path) as file:
+            if (footer := _footer(file)) is not None:
+                said, held = footer["stats"]["rows"], file.metadata.num_rows
+                if said != held:
+                    raise ValueError(f"its footer says rows {said}, its rows {held}")
+                names = file.schema_arrow.names
+                wanted = _schema(tuple(footer["identity"]["targets"].items()), "position_weights" in names)
+                if not file.schema_arrow.equals(wanted):
+                    raise ValueError("its columns are not those of its target settings")
+            yield file
+    except _UNREADABLE as error:
+        raise damaged(path, error, remedy) from error
+
+
+@lru_cache(maxsize=64)
+def _schema(targets: tuple[tuple[str, Any], ...], position_weights: bool) -> pa.Schema:
+    return capture_schema(TargetSettings(**dict(targets)), position_weights)
+
+
+def _footer(file: pq.ParquetFile) -> dict[str, Any] | None:
+    """What a capture file says it is; None for another Parquet file."""
+    said = (file.metadata.metadata or {}).get(FOOTER)
+    return None if said is None else dict(json.loads(said))
+
+
 def read_rows(path: Path, to_learn_from: bool = False, only: NDArray[np.int32] | None = None) -> list[CapturedRow]:
     """The rows of a capture file, in order, as stored, or only what a student learns from; those numbered `only`, else
     all. CaptureError when it is damaged.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            without = NOT_LEARNT_FROM if to_learn_from else frozenset()
-            table = file.read([name for name in file.schema_arrow.names if name not in without])
-            return from_arrow(table if only is None else table.take(pa.array(only)))
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise damaged(path, error) from error
+    without = NOT_LEARNT_FROM if to_learn_from else frozenset()
+    with reading(path) as file:
+        table = file.read([name for name in file.schema_arrow.names if name not in without])
+        return from_arrow(table if only is None else table.take(pa.array(only)))
 
 
 @dataclass(frozen=True)
@@ -188,29 +216,23 @@ def read_row_keys(path: Path) -> list[RowKey]:
 
 @lru_cache(maxsize=100_000)
 def _row_keys(path: Path, mtime_ns: int, size: int) -> list[RowKey]:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            columns = [name for name in ("key", "weight", "position_weights") if name in file.schema_arrow.names]
-            found = []
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns)
-                plain = table.select(["key", "weight"]).to_pylist()
-                for row, weights in zip(plain, position_weights_of(table), strict=True):
-                    found.append(RowKey(row["key"], row["weight"], group, weighting(weights)))
-            return found
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise damaged(path, error) from error
+    with reading(path) as file:
+        columns = [name for name in ("key", "weight", "position_weights") if name in file.schema_arrow.names]
+        found = []
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=columns)
+            plain = table.select(["key", "weight"]).to_pylist()
+            for row, weights in zip(plain, position_weights_of(table), strict=True):
+                found.append(RowKey(row["key"], row["weight"], group, weighting(weights)))
+        return found
 
 
 def read_row_group(path: Path, row_group: int, keys: Collection[str]) -> list[CapturedRow]:
     """The rows of one row group that have one of these keys; CaptureError when the file is damaged."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read_row_group(row_group)
-            # Chosen before they become rows: a row is a view, and one would keep the whole group in memory.
-            return from_arrow(table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys), pa.string()))))
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise damaged(path, error) from error
+    with reading(path) as file:
+        table = file.read_row_group(row_group)
+        # Chosen before they become rows: a row is a view, and one would keep the whole group in memory.
+        return from_arrow(table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys), pa.string()))))
 
 
 class CaptureFile:
@@ -392,10 +414,7 @@ class CaptureStore:
         `folder` is its capture id, or IMPORTED; `position_weights`: any of its rows has some.
         """
         path = self.path_of(folder, shard, version)
-        with (
-            replacing(path) as beside,
-            parquet_writer(beside, targets, position_weights=position_weights) as writer,
-        ):
+        with replacing(path) as beside, sealed_writer(beside, targets, position_weights=position_weights) as writer:
             yield CaptureFile(path, writer)
 
     def _failure_file(self, capture_id: str, shard: str, version: str) -> Path:

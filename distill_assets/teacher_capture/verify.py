@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from distill_assets.foundation.errors import CaptureError, first_line
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.problems import FileListener, Problem
+from distill_assets.teacher_capture.chunks import reading_chunk
 from distill_assets.teacher_capture.contents import Item, Needs, contents
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.inspection import inspect_capture
@@ -69,10 +67,9 @@ def _verify_chunks(item: Item, on_file: FileListener) -> Iterator[Problem]:
     for file in sorted(item.path.glob("*.parquet")):
         on_file(file)
         try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as chunk:
+            with reading_chunk(file) as (_, chunk):
                 for group in range(chunk.num_row_groups):
                     chunk.read_row_group(group)
-        except (OSError, pa.ArrowException) as error:
-            yield Problem(
-                "damaged", file, f"a finished chunk that cannot be read ({first_line(error)}); `distill run` redoes it"
-            )
+        except CaptureError as error:
+            if file.exists():  # else its capture was finished in this moment
+                yield Problem("damaged", file, str(error).removeprefix(f"{file}: "))

@@ -15,6 +15,7 @@ import pandas
 import polars
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from distill_assets.foundation.errors import CaptureError, ShardError
@@ -224,6 +225,25 @@ def test_an_interrupt_leaves_nothing_half_written(bench: Bench) -> None:
         capture(bench, "s0", on_progress=interrupt)
     assert [p for p in bench.home.captures.rglob("*") if p.is_file()] == []
     assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+
+
+def test_logits_that_are_not_finite_name_the_shard_and_keep_finished_chunks(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"text": f"{tiny.TEXT[0]} {i}"} for i in range(100)]
+    new = set(tokenizer(tiny.TEXT[4])["input_ids"]) - {i for row in rows for i in tokenizer(row["text"])["input_ids"]}
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, tie_word_embeddings=False)
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.embed_tokens.weight"][sorted(new)] = float("nan")
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    bench = Bench(tiny.make_home(tmp_path / "home", teacher, shards=0))
+    rewrite(bench, "s0", [*rows, {"text": tiny.TEXT[4]}])
+    shard = bench.shards["s0"]
+    with pytest.raises(CaptureError, match=r"not finite at position \d+ of the row in line 101 \(key ") as caught:
+        capture(bench, "s0", batch_tokens=64)
+    assert str(caught.value).startswith(f"shard s0 ({shard.path}): the teacher's logits")
+    assert bench.store.failure(bench.spec.capture_id, "s0", shard.version) == str(caught.value)
+    assert list(bench.home.captures.rglob(".unfinished-*/*.parquet"))
 
 
 def test_bad_rows_left_out_are_not_current_once_they_fail_the_shard(bench: Bench) -> None:

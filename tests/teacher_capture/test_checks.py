@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,13 +59,14 @@ def make(tmp_path: Path, trained: Path) -> Make:
 
 
 def rewritten(capture: Capture, change: Callable[[Sequence[CapturedRow]], Sequence[CapturedRow]]) -> Capture:
-    """The capture with other rows under its old footer."""
-    footer = pq.read_metadata(capture.path).metadata[FOOTER]
+    """The capture with other rows under its old footer, but for their number: else it is no capture at all."""
+    footer = json.loads(pq.read_metadata(capture.path).metadata[FOOTER])
     targets = TargetSettings.model_validate(dict(capture.identity["targets"]))
     rows = change(read_rows(capture.path))
+    footer["stats"]["rows"] = len(rows)
     with parquet_writer(capture.path, targets) as writer:
         writer.write_table(to_arrow(rows, targets))
-        writer.add_key_value_metadata({FOOTER.decode(): footer})
+        writer.add_key_value_metadata({FOOTER.decode(): json.dumps(footer)})
     return read_capture(capture.path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distill_assets.dataset_shards.discover import Discovery
+from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import parquet_writer, to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.inspection import inspect_capture
+from distill_assets.teacher_capture.plan import plan_capture
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import FOOTER, read_rows
+from distill_assets.teacher_capture.store import FOOTER, read_capture, read_row_group, read_row_keys, read_rows
 from tests import tiny
 from tests.bench import Bench
 
@@ -73,20 +77,84 @@ def test_a_whole_file_has_no_problem(captured: tuple[Bench, Path]) -> None:
     assert problems(bench, path) == []
 
 
-def test_every_flipped_byte_is_noticed_unless_it_changes_nothing(captured: tuple[Bench, Path]) -> None:
+def with_a_bit_flipped(path: Path, whole: bytes, at: int, bit: int) -> None:
+    content = bytearray(whole)
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    moment = path.stat().st_ctime_ns + at  # files of one moment and size would be taken for the same
+    os.utime(path, ns=(moment, moment))
+
+
+def footer_start(whole: bytes) -> int:
+    return len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+
+
+def readings(path: Path, targets: TargetSettings) -> dict[str, object]:
+    """What each way to read the file gives, None where it says that the file is damaged."""
+    ways: dict[str, Callable[[], object]] = {
+        "rows": lambda: to_arrow(read_rows(path), targets),
+        "to learn from": lambda: to_arrow(read_rows(path, to_learn_from=True), targets),
+        "a group": lambda: to_arrow(read_row_group(path, 1, keys), targets),
+        "keys": lambda: read_row_keys(path),
+        "capture": lambda: read_capture(path),
+    }
+    keys = {f"{i:032x}" for i in range(3)}
+    found: dict[str, object] = {}
+    for name, read in ways.items():
+        try:
+            found[name] = read()
+        except CaptureError as error:
+            assert str(error).startswith(f"{path}: damaged or unreadable (") and "\n" not in str(error)
+            found[name] = None
+    return found
+
+
+def test_every_flipped_bit_is_noticed_unless_it_changes_nothing(captured: tuple[Bench, Path]) -> None:
     bench, path = captured
-    whole, table = path.read_bytes(), pq.read_table(path)
+    whole, targets, shards = path.read_bytes(), targets_of(path), Discovery(tuple(bench.shards.values()), ())
+    before, random = readings(path, targets), np.random.default_rng(0)
+    pages, footer = random.integers(4, footer_start(whole), 10), random.integers(footer_start(whole), len(whole), 20)
     noticed = 0
-    pages_end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    for at in np.random.default_rng(0).integers(4, pages_end, 60):
-        content = bytearray(whole)
-        content[at] ^= 0x10
-        path.write_bytes(content)
-        if problems(bench, path):
+    for at in (*pages, *footer):
+        with_a_bit_flipped(path, whole, int(at), int(random.integers(8)))
+        for name, read in readings(path, targets).items():
+            assert read is None or read == before[name], (at, name)
+        if found := problems(bench, path):
             noticed += 1
+            assert [kind for kind, _ in found] == ["damaged"]
         else:  # pages have headers with fields that no reader of ours uses
-            assert pq.read_table(path).equals(table), at
-    assert noticed > 50
+            assert at < footer_start(whole) or b"distill_footer_sha256" not in path.read_bytes()
+    assert noticed > 22
+    with_a_bit_flipped(path, whole, len(whole) - 12, 3)
+    [plan] = plan_capture(bench.spec, shards, bench.store, ()).shards
+    assert plan.state == "failed" and plan.rows_to_capture == 80  # it is made again, and stops nothing else
+
+
+def test_a_file_without_a_seal_is_read_and_its_damage_is_never_a_crash(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    targets = targets_of(path)
+    before = readings(path, targets)
+    rewrite(path, lambda table: table)
+    whole, random = path.read_bytes(), np.random.default_rng(1)
+    unsealed = readings(path, targets)
+    assert all(unsealed[name] == before[name] for name in ("rows", "keys")) and unsealed["capture"] is not None
+    for at in random.integers(footer_start(whole), len(whole), 12):
+        with_a_bit_flipped(path, whole, int(at), int(random.integers(8)))
+        readings(path, targets)
+        problems(bench, path)
+
+
+def test_columns_that_are_not_those_of_the_settings_are_damage(captured: tuple[Bench, Path]) -> None:
+    bench, path = captured
+    targets, footer, table = targets_of(path), pq.read_metadata(path).metadata[FOOTER], pq.read_table(path)
+    keys = table.schema.get_field_index("key")
+    as_bytes = table.set_column(keys, pa.field("key", pa.binary(), nullable=False), table["key"].cast(pa.binary()))
+    with pq.ParquetWriter(path, as_bytes.schema) as writer:
+        writer.write_table(as_bytes)
+        writer.add_key_value_metadata({FOOTER.decode(): footer})
+    assert set(readings(path, targets).values()) == {None}
+    [(kind, reason)] = problems(bench, path)
+    assert kind == "damaged" and "columns are not those" in reason
 
 
 @pytest.mark.parametrize("cut", [1, 8, 1000])

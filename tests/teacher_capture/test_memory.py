@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from distill_assets.dataset_shards.encode import EncodedRow
+from distill_assets.foundation.errors import OutOfMemory
+from distill_assets.foundation.fingerprints import HashCache
+from distill_assets.foundation.model_folders import resolve_model
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.engine import score_rows
+from distill_assets.teacher_capture.teacher import load_teacher
 from tests import tiny
 from tests.bench import Bench
 from tests.devices import NEEDS_CUDA
@@ -92,6 +102,36 @@ def test_a_row_that_does_not_fit_alone_is_one_clear_line(tmp_path: Path, tokeniz
     assert "lower data.max_length" in answer["error"]
     bench = Bench(root)
     assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+
+
+def test_a_host_without_room_for_the_figures_is_out_of_memory_too(tmp_path: Path, teacher_folder: Path) -> None:
+    """The last batch has been computed; what it gave finds no memory when it is unpacked."""
+    weights = resolve_model(str(teacher_folder), None, teacher_folder).weights(HashCache(tmp_path / "none.json"))
+    teacher = load_teacher(weights, "float32", "cpu")
+
+    def row(n: int, n_targets: int) -> EncodedRow:
+        ids, mask = np.arange(10, 10 + n, dtype=np.int32), np.arange(n) >= n - n_targets
+        return EncodedRow(ids, mask, key="0" * 32, id=None, weight=1.0, truncated=False, line=1)
+
+    # The first batch is given free when the second is unpacked: it holds next to nothing.
+    rows = [row(241, 1)] * 20 + [row(240, 239)] * 20
+    scored = score_rows(teacher, rows, TargetSettings(k=320, precision="exact"), 20 * 241)
+    for _ in range(20):
+        next(scored)
+    hog, limits = [], resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used, limits[1]))
+        with suppress(MemoryError):
+            while True:  # what the allocator still holds
+                hog.append(np.empty(64 << 10, dtype=np.uint8))
+        hog.pop()
+        with pytest.raises(OutOfMemory, match="cpu has no memory left") as caught:
+            next(scored)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        hog.clear()
+    assert caught.value.rows == 20
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_CUDA)])

@@ -1,0 +1,79 @@
+"""Finished chunks: what is damaged is done again, whatever is damaged; what goes away is looked for elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.teacher_capture.arrow import to_arrow
+from distill_assets.teacher_capture.capture import capture_shard
+from distill_assets.teacher_capture.chunks import Chunk, ChunkFolder, Cost, Figures
+from distill_assets.teacher_capture.reuse import captured_rows
+from distill_assets.teacher_capture.store import read_rows
+from tests import tiny
+from tests.bench import Bench
+
+
+def unfinished(bench: Bench) -> tuple[ChunkFolder, Chunk, Path]:
+    """s0 as a kill leaves it when all its rows are in a chunk, and its capture, moved out of the store."""
+    path = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture.path
+    rows = read_rows(path)
+    spec, shard = bench.spec, bench.shards["s0"]
+    folder = ChunkFolder(bench.store.unfinished(spec.capture_id, "s0", shard.version), spec.targets)
+    chunk = Chunk(0, encode_shard(shard, spec.encoder).rows)
+    table = to_arrow(rows, spec.targets)
+    folder.write(chunk, table, Figures.of(rows, Cost(len(rows), 100, 0.5)), {"0123456789abcdef"})
+    return folder, chunk, path.rename(bench.home.root / path.name)
+
+
+def test_a_chunk_with_a_bit_flipped_is_not_finished_unless_it_changes_nothing(bench: Bench) -> None:
+    folder, chunk, _ = unfinished(bench)
+    [file] = folder.files()
+    whole = file.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    before = (folder.table(chunk), folder.figures([chunk]), folder.derived_from([chunk]))
+    random = np.random.default_rng(0)
+    redone = 0
+    for at in (*random.integers(4, footer, 60), *random.integers(footer, len(whole), 60)):
+        content = bytearray(whole)
+        content[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(content)
+        if folder.is_finished(chunk):
+            assert (folder.table(chunk), folder.figures([chunk]), folder.derived_from([chunk])) == before, at
+        else:
+            redone += 1
+    assert redone > 90
+
+
+@pytest.mark.parametrize("said", [b"rows_captured", b"support_q"])
+def test_a_chunk_whose_footer_is_damaged_does_not_stop_its_shard(bench: Bench, said: bytes) -> None:
+    folder, _, _ = unfinished(bench)
+    [file] = folder.files()
+    whole = file.read_bytes()
+    at = whole.rindex(said)
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
+    assert capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture.stats.rows_captured == 6
+
+
+def test_chunks_of_a_neighbour_that_ends_meanwhile_are_read_from_its_capture(bench: Bench) -> None:
+    folder, _, aside = unfinished(bench)
+    capture = bench.store.path_of(bench.spec.capture_id, "s0", bench.shards["s0"].version)
+    tiny.write_jsonl(bench.home.root / "shards" / "t.jsonl", tiny.example_rows(6)[::-1])
+    captured_rows(bench.store, bench.spec.capture_id)  # the chunk's keys are known: it is opened for its rows next
+    gone = False
+
+    def neighbour_ends(event: str, args: tuple[object, ...]) -> None:
+        nonlocal gone
+        if event == "open" and not gone and str(args[0]).startswith(f"{folder.folder}/"):
+            gone = True
+            aside.rename(capture)
+            shutil.rmtree(folder.folder)
+
+    sys.addaudithook(neighbour_ends)  # called when a file is about to be opened; it can never be taken off again
+    stats = capture_shard(bench.spec, bench.shards["t"], bench.store, device="cpu").capture.stats
+    assert gone and (stats.rows_captured, stats.rows_reused) == (0, 6)
