@@ -6,10 +6,11 @@ As in the first half, what needs torch is imported where it is made.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_assets.capture_catalog.choosing import Rows, chosen_rows
 from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_lineage
@@ -27,11 +28,14 @@ from distill_assets.student_model.checkpoints import folder_under_way
 from distill_assets.student_model.choice import Choice, choices
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.origin import initial_weights_fingerprint
-from distill_assets.student_model.saving import StudentRecord, StudentSpec, read_student
-from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
+from distill_assets.student_model.saving import StudentRecord, StudentReport, StudentSpec, read_student
+from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary, fit_rows, shared_vocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import read_rows
+from distill_assets.teacher_capture.store import read_row_keys, read_rows
 from distill_assets.tokenizer_compatibility.facts import tokenizer_facts
+
+if TYPE_CHECKING:
+    from distill_assets.student_evaluation.report import ReportDetails
 
 
 class StudentSide:
@@ -264,7 +268,7 @@ class StudentSide:
         from distill_assets.foundation.devices import resolve_device
         from distill_assets.foundation.language_model import load_model
         from distill_assets.student_evaluation.evaluation import evaluate
-        from distill_assets.student_evaluation.report import Heldout, ReportDetails, write_report
+        from distill_assets.student_evaluation.report import write_report
         from distill_assets.teacher_capture.teacher import teacher_in_turn
 
         target = resolve_device(device)
@@ -274,33 +278,56 @@ class StudentSide:
             models[kind] = lambda saved=saved: load_model(saved, "float32", target)  # type: ignore[misc]
         heldout = self._entries("heldout")
         width = compatibility.student_head_width(self.settings, self.pipeline.spec, self.pipeline.student_folder)
-        rows = {e.capture.shard: fit_rows(read_rows(e.capture.path), self.vocabulary, width)[0] for e in heldout}
+        fitted = {e.capture.shard: fit_rows(read_rows(e.capture.path), self.vocabulary, width) for e in heldout}
         spec = self.pipeline.spec
         tokenizer = load_tokenizer(spec.teacher)
         evaluation = evaluate(
-            rows,
+            {shard: rows for shard, (rows, _) in fitted.items()},
             models,
             self.vocabulary,
             teacher=partial(teacher_in_turn, spec.weights, spec.dtype, device) if self.is_dense else None,
             end_id=tokenizer.eos_token_id,
             on_progress=on_progress,
         )
+        trained = {kind: read_student(self.folder(kind)).report for kind in self.kinds}
         curves: dict[str, list[dict[str, Any]]] = {
-            kind: [asdict(point) for point in read_student(self.folder(kind)).report.curve] for kind in self.kinds
+            kind: [asdict(point) for point in report.curve] for kind, report in trained.items()
         }
-        details = ReportDetails(
+        details = self._details({shard: fit for shard, (_, fit) in fitted.items()}, trained["student"])
+        write_report(evaluation, curves, details, tokenizer, self.report_folder)
+
+    def _details(self, fits: Mapping[str, FitReport], student: StudentReport) -> ReportDetails:
+        from distill_assets.student_evaluation.report import Heldout, ReportDetails, TrainedOn
+
+        spec = self.pipeline.spec
+        learnt = {row.key for e in self._entries("train") for row in read_row_keys(e.capture.path)}
+        heldout = tuple(
+            Heldout(
+                shard=c.shard,
+                version=c.version,
+                capture_id=c.capture_id,
+                rows_trained_on=sum(row.key in learnt for row in read_row_keys(c.path)),
+                fit=fits[c.shard],
+            )
+            for c in (e.capture for e in self._entries("heldout"))
+        )
+        return ReportDetails(
             report_id=self.report_id,
             teacher=spec.teacher.name,
             student=self.settings.student.in_words(),
             student_id=self.ids["student"],
             control_id=self.ids.get("control"),
-            heldout=tuple(Heldout(e.capture.shard, e.capture.version, e.capture.capture_id) for e in heldout),
+            heldout=heldout,
             teacher_weights=spec.identity["weights"],
+            teacher_dtype=spec.dtype,
             dense=self.is_dense,
+            n_ids=len(self.vocabulary),
+            supervise=self.settings.data.supervise,
+            max_length=self.settings.data.max_length,
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),
+            trained_on=TrainedOn(student.rows, student.supervised_tokens, student.steps),
         )
-        write_report(evaluation, curves, details, tokenizer, self.report_folder)
 
     # what was found --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Legend: R = rows, C = columns of per-row sums, S = replicates (samples of R rows
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ REPLICATES = 2000
 SEED = 0
 FEWEST_ROWS = 5  # below this, resampling rows says nothing; no interval is better than a false one
 _DRAWS_AT_ONCE = 2_000_000
+
+Columns = Mapping[tuple[str, str], NDArray[np.float64]]  # by (model, metric)
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,38 @@ def estimate(value: float, replicates_S: NDArray[np.float64], n_rows: int) -> Es
         return Estimate(float(value), None, None)
     low, high = np.quantile(replicates_S, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Figures by (model, metric) of some rows, [1], and of the bootstrap's samples of them, [S]."""
+
+    n_rows: int
+    n_positions: int
+    points: Columns
+    replicates: Columns
+
+    @classmethod
+    def of(cls, sums_RC: NDArray[np.float64], columns: Sequence[tuple[str, str]]) -> Resampled:
+        """From per-row sums whose first column counts positions; rows without any are left out."""
+        sums_RC = sums_RC[sums_RC[:, 0] > 0]
+        totals_1C = sums_RC.sum(0)[None]
+        drawn_SC = bootstrap_sums(sums_RC)
+        return cls(len(sums_RC), int(totals_1C[0, 0]), _means(totals_1C, columns), _means(drawn_SC, columns))
+
+    def figure(self, model: str, key: str) -> Estimate:
+        return estimate(self.points[model, key][0], self.replicates[model, key], self.n_rows)
+
+    def difference(self, model: str, other: str, key: str) -> Estimate:
+        """`model` minus `other`, paired: from the same rows in each sample."""
+        value = self.points[model, key][0] - self.points[other, key][0]
+        return estimate(value, self.replicates[model, key] - self.replicates[other, key], self.n_rows)
+
+
+def _means(sums_SC: NDArray[np.float64], columns: Sequence[tuple[str, str]]) -> Columns:
+    """Sums over positions; perplexity is exp of its mean."""
+    means_SC = sums_SC[:, 1:] / sums_SC[:, :1]
+    return {
+        (model, key): np.exp(means_SC[:, c]) if key == "perplexity" else means_SC[:, c]
+        for c, (model, key) in enumerate(columns)
+    }

@@ -18,8 +18,7 @@ import numpy as np
 
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
 from distill_assets.foundation.fingerprints import digest
-from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
-from distill_assets.student_evaluation.figures import figures_of
+from distill_assets.student_evaluation.bootstrap import Estimate, Resampled
 from distill_assets.student_evaluation.identity import CONTROL, JSON_FILE, ROWS_FILE, STUDENT
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.per_row import RowSums
@@ -201,26 +200,20 @@ def _figures(
         for metric in metrics
     }
     positions_R = chosen[0].per_row.positions_R[orders[0]]
-    sums = np.stack([positions_R.astype(np.float64), *values.values()], axis=1)
-    points, drawn = figures_of(sums.sum(0)[None], list(values)), figures_of(bootstrap_sums(sums), list(values))
-
-    def figure(i: str, key: str) -> Estimate:
-        return estimate(points[i, key][0], drawn[i, key], len(sums))
-
-    def difference(i: str, key: str) -> Estimate:
-        return estimate((points[i, key] - points[ids[0], key])[0], drawn[i, key] - drawn[ids[0], key], len(sums))
-
+    found = Resampled.of(np.stack([positions_R.astype(np.float64), *values.values()], axis=1), list(values))
     compared = tuple(
         Compared(
             student_id=i,
             kind=record.spec.kind,
             report_id=m.report_id,
-            figures={metric.key: figure(i, metric.key) for metric in metrics},
-            differences={} if i == ids[0] else {metric.key: difference(i, metric.key) for metric in metrics},
+            figures={metric.key: found.figure(i, metric.key) for metric in metrics},
+            differences={}
+            if i == ids[0]
+            else {metric.key: found.difference(i, ids[0], metric.key) for metric in metrics},
         )
         for i, m, record in zip(ids, chosen, records, strict=True)
     )
-    return compared, len(sums), int(positions_R.sum())
+    return compared, found.n_rows, found.n_positions
 
 
 def _what_differs(records: Sequence[StudentRecord]) -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,14 @@ from distill_assets.student_evaluation.completions import (
     make_completion,
 )
 from distill_assets.student_evaluation.dense import DenseTeacher
-from distill_assets.student_evaluation.figures import EntropyBin, PositionTable, Scope, entropy_bins, kept_mass
+from distill_assets.student_evaluation.figures import (
+    EntropyBin,
+    PositionTable,
+    Scope,
+    entropy_bins,
+    kept_ids,
+    kept_mass,
+)
 from distill_assets.student_evaluation.identity import CONTROL, STUDENT, TEACHER, UNTRAINED
 from distill_assets.student_evaluation.metrics import BY_KEY, METRICS, Metric
 from distill_assets.student_evaluation.per_row import RowSums
@@ -35,7 +42,8 @@ from distill_assets.teacher_capture.teacher import Teacher
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All held-out figures. `kept_mass[j - 1]` is the mean mass of the first j stored ids.
+    """All held-out figures. `kept_mass[j - 1]` is the mean mass of the first j stored ids, of which a position has
+    `kept_ids` on average.
 
     `calibration` is of each model that has one, `per_row` what the figures are sums of.
     """
@@ -45,6 +53,7 @@ class Evaluation:
     entropy_bins: tuple[EntropyBin, ...]
     calibration: Mapping[str, Calibration]
     kept_mass: tuple[float, ...]
+    kept_ids: float
     samples: tuple[Sample, ...]
     completions: tuple[Completion, ...]
     per_row: RowSums
@@ -137,6 +146,7 @@ def evaluate(
         entropy_bins=entropy_bins(table),
         calibration=table.calibration(),
         kept_mass=kept_mass(rows),
+        kept_ids=kept_ids(rows),
         samples=_samples(named, table),
         completions=tuple(
             make_completion(*named[prompt.row], prompt, {name: texts[n] for name, texts in written.items()})

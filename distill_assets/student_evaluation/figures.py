@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_assets.student_evaluation.bootstrap import Estimate, bootstrap_sums, estimate
+from distill_assets.student_evaluation.bootstrap import Columns, Estimate, Resampled, estimate
 from distill_assets.student_evaluation.calibration import Calibration, calibration_error
 from distill_assets.student_evaluation.identity import CONTROL, STUDENT, TEACHER
 from distill_assets.student_evaluation.metrics import METRICS, RECORD_METRICS, Metric
@@ -61,7 +61,8 @@ class Scope:
 class EntropyBin:
     """Agreement and KL of each model where the teacher's entropy lies in [low, high] nats.
 
-    The KL is the dense one where there is one, else that on K + 1 outcomes.
+    The KL is the dense one where there is one, else that on K + 1 outcomes. What ends in `difference` is
+    student minus that other model, paired as in a `Scope`.
     """
 
     low_nats: float
@@ -71,6 +72,8 @@ class EntropyBin:
     n_positions: int
     agreement_share: Mapping[str, Estimate]
     kl_nats: Mapping[str, Estimate]
+    agreement_difference: Mapping[str, Estimate]
+    kl_difference: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -132,29 +135,24 @@ class PositionTable:
         """Figures, differences and intervals on the rows marked."""
         values = self.columns()
         sums = np.stack([self.row_sums(np.ones(len(self.row_N))), *map(self.row_sums, values.values())], axis=1)
-        sums = sums[rows_R & (sums[:, 0] > 0)]
-        totals, drawn = sums.sum(0)[None], bootstrap_sums(sums)
-        points, replicates = figures_of(totals, list(values)), figures_of(drawn, list(values))
-        n_rows, n_positions = len(sums), int(sums[:, 0].sum())
+        found = Resampled.of(sums[rows_R], list(values))
 
         def figure(model: str, metric: Metric) -> Estimate | None:
             if (model, metric.key) in values:
-                return estimate(points[model, metric.key][0], replicates[model, metric.key], n_rows)
+                return found.figure(model, metric.key)
             return None if metric.ideal is None else Estimate(metric.ideal, None, None)
-
-        def difference(other: str, key: str) -> Estimate:
-            value = points[STUDENT, key][0] - points[other, key][0]
-            return estimate(value, replicates[STUDENT, key] - replicates[other, key], n_rows)
 
         names = [*self.students, TEACHER]
         others = [other for other in self.students if other != STUDENT]
         return Scope(
             name,
-            n_rows,
-            n_positions,
+            found.n_rows,
+            found.n_positions,
             models={name: {m.key: figure(name, m) for m in self.metrics} for name in names},
-            differences={other: {m.key: difference(other, m.key) for m in self.metrics} for other in others},
-            closed=gap_shares(points, replicates, n_rows, self.is_dense) if CONTROL in self.scores else (),
+            differences={
+                other: {m.key: found.difference(STUDENT, other, m.key) for m in self.metrics} for other in others
+            },
+            closed=gap_shares(found, self.is_dense) if CONTROL in self.scores else (),
         )
 
     def calibration(self) -> dict[str, Calibration]:
@@ -175,41 +173,27 @@ class PositionTable:
         return found
 
 
-Columns = Mapping[tuple[str, str], NDArray[np.float64]]
-
-
-def figures_of(
-    sums_SC: NDArray[np.float64], columns: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Each (model, metric) [S] from sums whose first column counts positions; perplexity is exp of its mean."""
-    means_SC = sums_SC[:, 1:] / sums_SC[:, :1]
-    return {
-        (model, key): np.exp(means_SC[:, c]) if key == "perplexity" else means_SC[:, c]
-        for c, (model, key) in enumerate(columns)
-    }
-
-
-def gap_shares(points: Columns, replicates: Columns, n_rows: int, is_dense: bool) -> tuple[GapShare, ...]:
+def gap_shares(found: Resampled, is_dense: bool) -> tuple[GapShare, ...]:
     """The share of the gap closed by KL, and by negative log-likelihood where the teacher's is known."""
     key = "dense_kl_nats" if is_dense else "kl_nats"
 
     def nats(columns: Columns) -> dict[str, list[NDArray[np.float64]]]:
         """Control, student and teacher by each measure."""
         kl = [columns[CONTROL, key], columns[STUDENT, key]]
-        found = {"kl": [*kl, np.zeros_like(kl[0])]}  # the teacher is no distance from itself
+        measured = {"kl": [*kl, np.zeros_like(kl[0])]}  # the teacher is no distance from itself
         if (TEACHER, "perplexity") in columns:
-            found["nll"] = [np.log(columns[name, "perplexity"]) for name in (CONTROL, STUDENT, TEACHER)]
-        return found
+            measured["nll"] = [np.log(columns[name, "perplexity"]) for name in (CONTROL, STUDENT, TEACHER)]
+        return measured
 
     shares = []
-    drawn = nats(replicates)
-    for measure, (control, student, teacher) in nats(points).items():
+    drawn = nats(found.replicates)
+    for measure, (control, student, teacher) in nats(found.points).items():
         control_S, student_S, teacher_S = drawn[measure]
-        gap = estimate((control - teacher)[0], control_S - teacher_S, n_rows)
+        gap = estimate((control - teacher)[0], control_S - teacher_S, found.n_rows)
         share = None
         if gap.sign > 0:
             share_S = (control_S - student_S) / (control_S - teacher_S)
-            share = estimate(((control - student) / (control - teacher))[0], share_S, n_rows)
+            share = estimate(((control - student) / (control - teacher))[0], share_S, found.n_rows)
         shares.append(GapShare(measure, gap, share))  # type: ignore[arg-type]
     return tuple(shares)
 
@@ -219,29 +203,29 @@ def entropy_bins(table: PositionTable) -> tuple[EntropyBin, ...]:
     known = np.flatnonzero(np.isfinite(table.entropy_N))
     by_entropy = known[np.argsort(table.entropy_N[known], kind="stable")]
     n_bins = min(MOST_BINS, len(by_entropy) // FEWEST_IN_BIN)
-    kl = "dense_kl_N" if table.is_dense else "kl_N"
-    values = {(model, c): getattr(table.scores[model], c) for model in table.students for c in ("agrees_N", kl)}
-    bins: list[EntropyBin] = []
-    for chosen in np.array_split(by_entropy, n_bins) if n_bins else []:
-        in_bin_N = np.zeros(len(table.row_N))
-        in_bin_N[chosen] = 1.0
-        sums = np.stack([table.row_sums(in_bin_N), *(table.row_sums(in_bin_N * v) for v in values.values())], axis=1)
-        sums = sums[sums[:, 0] > 0]
-        points, replicates = figures_of(sums.sum(0)[None], list(values)), figures_of(bootstrap_sums(sums), list(values))
-        found = {name: estimate(points[name][0], replicates[name], len(sums)) for name in values}
-        entropies = table.entropy_N[chosen]
-        bins.append(
-            EntropyBin(
-                low_nats=float(entropies[0]),
-                high_nats=float(entropies[-1]),
-                mean_nats=float(entropies.mean()),
-                n_rows=len(sums),
-                n_positions=len(chosen),
-                agreement_share={model: found[model, "agrees_N"] for model in table.students},
-                kl_nats={model: found[model, kl] for model in table.students},
-            )
-        )
-    return tuple(bins)
+    return tuple(_entropy_bin(table, chosen) for chosen in (np.array_split(by_entropy, n_bins) if n_bins else []))
+
+
+def _entropy_bin(table: PositionTable, chosen: NDArray[np.int64]) -> EntropyBin:
+    """The bin of the positions `chosen`, which are in the order of their entropy."""
+    agrees, kl = "agrees_N", "dense_kl_N" if table.is_dense else "kl_N"
+    in_bin_N = np.zeros(len(table.row_N))
+    in_bin_N[chosen] = 1.0
+    values = {(model, c): getattr(table.scores[model], c) for model in table.students for c in (agrees, kl)}
+    sums = np.stack([table.row_sums(in_bin_N), *(table.row_sums(in_bin_N * v) for v in values.values())], axis=1)
+    found = Resampled.of(sums, list(values))
+    entropies, others = table.entropy_N[chosen], [model for model in table.students if model != STUDENT]
+    return EntropyBin(
+        low_nats=float(entropies[0]),
+        high_nats=float(entropies[-1]),
+        mean_nats=float(entropies.mean()),
+        n_rows=found.n_rows,
+        n_positions=found.n_positions,
+        agreement_share={model: found.figure(model, agrees) for model in table.students},
+        kl_nats={model: found.figure(model, kl) for model in table.students},
+        agreement_difference={other: found.difference(STUDENT, other, agrees) for other in others},
+        kl_difference={other: found.difference(STUDENT, other, kl) for other in others},
+    )
 
 
 def kept_mass(rows: Sequence[CapturedRow]) -> tuple[float, ...]:
@@ -256,3 +240,9 @@ def kept_mass(rows: Sequence[CapturedRow]) -> tuple[float, ...]:
         total_K += np.exp(logprobs_PK, dtype=np.float64).cumsum(axis=1).sum(axis=0)
         n_positions += row.targets.n_positions
     return tuple(float(mass) for mass in total_K / n_positions)
+
+
+def kept_ids(rows: Sequence[CapturedRow]) -> float:
+    """Mean number of ids stored at a position."""
+    kept_N = np.concatenate([row.targets.kept_P for row in rows])
+    return float(kept_N.mean())

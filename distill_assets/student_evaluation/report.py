@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
 from distill_assets.student_evaluation.bootstrap import REPLICATES
+from distill_assets.student_evaluation.breakdowns import entropy_rows, shard_tables
 from distill_assets.student_evaluation.calibration import N_BINS
-from distill_assets.student_evaluation.completions import Completion
+from distill_assets.student_evaluation.completions import WRITTEN_TOKENS, Completion
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import Scope
 from distill_assets.student_evaluation.identity import (
@@ -19,9 +20,8 @@ from distill_assets.student_evaluation.identity import (
     REPORT_VERSION,
     ROWS_FILE,
     SUMMARY_FILE,
-    TEACHER,
 )
-from distill_assets.student_evaluation.metrics import DENSE_METRICS, RECORD_METRICS, Metric
+from distill_assets.student_evaluation.metrics import DENSE_METRICS, RECORD_METRICS
 from distill_assets.student_evaluation.page import data_uri, template
 from distill_assets.student_evaluation.samples import Ranked, Sample
 from distill_assets.student_evaluation.wording import (
@@ -31,8 +31,8 @@ from distill_assets.student_evaluation.wording import (
     number,
     summary_rows,
     verdict,
-    write_estimate,
 )
+from distill_assets.student_model.vocabulary import FitReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,18 +42,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Heldout:
-    """One held-out capture: shard key, shard version, capture id."""
+    """One held-out capture: shard key, shard version, capture id.
+
+    `rows_trained_on` of its rows are among those the student learnt from, too; `fit` is what the ids that
+    the student lacks cost.
+    """
 
     shard: str
     version: str
     capture_id: str
+    rows_trained_on: int
+    fit: FitReport
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a student learnt from: rows, and supervised positions in all its steps together."""
+
+    rows: int
+    positions: int
+    steps: int
 
 
 @dataclass(frozen=True)
 class ReportDetails:
     """What was compared, and whether against the whole distribution of the teacher.
 
-    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name.
+    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name; `supervise`
+    and `max_length` are those of the data, `n_ids` how many ids teacher and student share.
     """
 
     report_id: str
@@ -63,9 +79,18 @@ class ReportDetails:
     control_id: str | None
     heldout: tuple[Heldout, ...]
     teacher_weights: str
+    teacher_dtype: str
     dense: bool
+    n_ids: int
+    supervise: str
+    max_length: int
     targets: Mapping[str, Any]
     training: Mapping[str, Any]
+    trained_on: TrainedOn
+
+    @property
+    def rows_trained_on(self) -> int:
+        return sum(h.rows_trained_on for h in self.heldout)
 
 
 @dataclass(frozen=True)
@@ -100,15 +125,17 @@ def write_report(
         verdict=verdict(evaluation),
         parts=_parts(evaluation),
         calibration=calibration_rows(evaluation),
-        gaps=gap_sentences(evaluation.overall),
-        by_shard=[_shard_rows(scope, evaluation.metrics) for scope in evaluation.shards],
+        gaps=gap_sentences(evaluation),
+        by_shard=shard_tables(evaluation),
+        by_entropy=entropy_rows(evaluation),
         samples=samples,
         completions=completions,
-        metrics=evaluation.metrics,
         n_bins=N_BINS,
         replicates=REPLICATES,
+        written_tokens=WRITTEN_TOKENS,
         pictures=[
-            {"name": name, "source": data_uri(png), **_captions(evaluation)[name]} for name, png in pictures.items()
+            {"name": name, "source": data_uri(png), **_captions(evaluation, details)[name]}
+            for name, png in pictures.items()
         ],
     )
     record = {
@@ -124,12 +151,12 @@ def write_report(
     with replacing_folder(folder) as beside:
         write_text(beside / HTML_FILE, page)
         write_json(beside / JSON_FILE, record)
-        write_text(beside / SUMMARY_FILE, as_markdown(evaluation, pictures))
+        write_text(beside / SUMMARY_FILE, as_markdown(evaluation, details, pictures))
         evaluation.per_row.write(beside / ROWS_FILE)
     return ReportFiles(folder / HTML_FILE, folder / JSON_FILE, pictures)
 
 
-def as_markdown(evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
+def as_markdown(evaluation: Evaluation, details: ReportDetails, pictures: Mapping[str, bytes]) -> str:
     """Verdict, summary and pictures as plain Markdown; pictures are inline base64."""
     scope = evaluation.overall
     parts = [
@@ -142,10 +169,10 @@ def as_markdown(evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
         ),
         f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. What is not called dense is on the kept "
         "ids and one bucket for the rest.",
-        *gap_sentences(scope),
+        *gap_sentences(evaluation),
     ]
     for name, png in pictures.items():
-        caption = _captions(evaluation)[name]
+        caption = _captions(evaluation, details)[name]
         parts.append(f"### {caption['title']}\n\n![{caption['alt']}]({data_uri(png)})")
     return "\n\n".join(parts) + "\n"
 
@@ -186,7 +213,7 @@ def _size(scope: Scope) -> str:
     return f"{scope.n_positions:,} positions of {scope.n_rows:,} held-out rows"
 
 
-def _captions(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[str, str]]:
     """Title, caption and alternative text of each picture."""
     scope = evaluation.overall
     models = ", ".join(scope.models)
@@ -207,33 +234,26 @@ def _captions(evaluation: Evaluation) -> dict[str, dict[str, str]]:
         "entropy": {
             "title": "Where the teacher is sure, and where it is not",
             "caption": "Share of positions at which a model's likeliest token is the teacher's, and mean "
-            f"{evaluation.kl.label}, in bins of the teacher's entropy, with 95% bands; {binned:,} positions, equally "
-            "many a bin.",
+            f"{evaluation.kl.label}, in bins of the entropy of the teacher's next-token distribution, which the record "
+            f"holds, with 95% bands; {binned:,} positions, equally many a bin.",
             "alt": "Lines of top-1 agreement in percent, and of KL in nats, over the teacher's entropy in nats, one "
             "line a model.",
         },
         "kept_mass": {
             "title": "What the record kept of the teacher",
-            "caption": f"Mean probability of the first j ids kept at a position, of at most {k}; on {_size(scope)}.",
+            "caption": f"Mean probability of the first j ids kept at a position, of at most {k}, "
+            f"{number(evaluation.kept_ids, 1)} on average; a position with fewer counts with all it has. On "
+            f"{_size(scope)}.",
             "alt": f"A rising line of mean kept mass over the number of ids kept, {last}% with {k}.",
         },
         "loss": {
             "title": "Training",
-            "caption": "Training losses at each optimiser step (faint) and their running mean, in nats a supervised "
-            "position of the training rows.",
+            "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
+            "update, and their running mean over a twentieth of them, in nats a supervised position of the step's "
+            "rows, multiplied by the rows' weights. What the student minimises is kd_weight × distillation loss + "
+            "(1 − kd_weight) × cross-entropy, the control its cross-entropy.",
             "alt": "Falling lines of training loss over optimiser steps.",
         },
-    }
-
-
-def _shard_rows(scope: Scope, metrics: Sequence[Metric]) -> dict[str, Any]:
-    return {
-        "scope": scope,
-        "rows": [
-            [name, *[write_estimate(m, figures[m.key]) for m in metrics]]
-            for name, figures in scope.models.items()
-            if name != TEACHER or figures["perplexity"] is not None
-        ],
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from distill_assets.student_evaluation.bootstrap import FEWEST_ROWS, Estimate
+from distill_assets.student_evaluation.calibration import TEMPERATURES
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import GapShare, Scope
 from distill_assets.student_evaluation.identity import STUDENT
@@ -115,7 +116,7 @@ def calibration_rows(evaluation: Evaluation) -> list[dict[str, str]]:
         {
             "model": name,
             "ECE (%)": number(100 * c.ece_share, 1),
-            "Temperature": number(c.temperature, 2),
+            "Temperature": _fitted(c.temperature),
             "ECE with it (%)": number(100 * c.tempered_ece_share, 1),
             "positions": f"{c.n_positions:,}",
             "rows": f"{c.n_rows:,}",
@@ -124,13 +125,19 @@ def calibration_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     ]
 
 
-def gap_sentences(scope: Scope) -> list[str]:
+def _fitted(temperature: float) -> str:
+    """A temperature at an end of those tried is not the best one, but the best tried."""
+    bound = {TEMPERATURES[0]: "≤ ", TEMPERATURES[-1]: "≥ "}.get(temperature, "")
+    return bound + number(temperature, 2)
+
+
+def gap_sentences(evaluation: Evaluation) -> list[str]:
     """A sentence a measure: how much of the way from the control to the teacher the student went."""
-    return [_gap_sentence(closed) for closed in scope.closed]
+    return [_gap_sentence(closed, evaluation.kl) for closed in evaluation.overall.closed]
 
 
-def _gap_sentence(closed: GapShare) -> str:
-    what = {"kl": "KL from the teacher", "nll": "negative log-likelihood of the next token"}[closed.measure]
+def _gap_sentence(closed: GapShare, kl: Metric) -> str:
+    what = kl.label if closed.measure == "kl" else "negative log-likelihood of the next token"
     gap = _with_interval(closed.gap_nats, 1, 3)
     if closed.share is None:
         return (
@@ -138,9 +145,14 @@ def _gap_sentence(closed: GapShare) -> str:
             f"(control {MINUS} teacher: {gap} nats)."
         )
     return (
-        f"By {what}: the student closes {_with_interval(closed.share, 100, 1)}% of the way from the control to the "
+        f"By {what}: the student closes {write_share(closed.share)}% of the way from the control to the "
         f"teacher, which is {gap} nats long."
     )
+
+
+def write_share(share: Estimate) -> str:
+    """In percent, `69.9 [68.5, 71.2]`."""
+    return _with_interval(share, 100, 1)
 
 
 def _with_interval(figure: Estimate, scale: float, decimals: int) -> str:

@@ -89,11 +89,14 @@ def test_one_changed_row_runs_one_shard_and_a_new_student(fresh: Path) -> None:
 
 def test_a_held_out_change_makes_a_new_report_and_no_new_student(fresh: Path) -> None:
     before = run(fresh)
-    tiny.write_jsonl(shard(fresh, "heldout"), tiny.example_rows(7, start=9000))
+    trained_on = json.loads(shard(fresh, "s0").read_text().splitlines()[0])
+    tiny.write_jsonl(shard(fresh, "heldout"), [*tiny.example_rows(7, start=9000), trained_on])
     report = run(fresh)
     assert (report.rows_captured, report.student_id) == (1, before.student_id)
-    assert report.report != before.report
+    assert report.report and before.report and report.report != before.report
     assert not {"student_model", "control_student"} & set(report.materialized)
+    warning = "1 of the held-out rows are among those the student learnt from"
+    assert warning in Path(report.report).read_text() and warning not in Path(before.report).read_text()
 
 
 def test_deleting_and_adding_shards(fresh: Path) -> None:

@@ -133,6 +133,14 @@ def test_a_subset_pair(tmp_path: Path, teacher_folder: Path) -> None:
     trained = head(folder)
     assert torch.equal(trained[n:], head(student)[n:]) and not torch.equal(trained[:n], head(student)[:n])
 
+    report = StudentSide(Pipeline(Home(root))).evaluate(device="cpu", force=False)
+    [heldout] = json.loads((report / "report.json").read_text())["details"]["heldout"]
+    assert heldout["fit"]["mass_dropped"] > 0.01
+    told = (
+        f"Of heldout, {100 * heldout['fit']['mass_dropped']:.2f}% of the teacher's probability lay on ids the student"
+    )
+    assert told in (report / "report.html").read_text() and "The 300 ids" in (report / "report.html").read_text()
+
 
 def test_an_incompatible_pair_is_stopped_however_it_is_started(tmp_path: Path, teacher_folder: Path) -> None:
     other = tiny.save_model(tmp_path / "other", tiny.train_tokenizer([text[::-1] for text in tiny.TEXT]))

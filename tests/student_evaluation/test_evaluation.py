@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_assets.foundation.errors import TrainingError
+from distill_assets.student_evaluation.bootstrap import Estimate
 from distill_assets.student_evaluation.evaluation import Evaluation, evaluate
 from distill_assets.student_evaluation.figures import kept_mass
 from distill_assets.student_evaluation.scoring import score_model
@@ -78,7 +79,11 @@ def test_outcome_follows_the_interval(
     good, bad = (lambda: blurred(teacher_folder, 0.03)), (lambda: blurred(teacher_folder, 0.12))
     vocabulary = StudentVocabulary(n_real)
     assert evaluate(rows_by_shard, {"student": bad, "control": good}, vocabulary).outcome == "farther"
-    assert evaluate(rows_by_shard, {"student": good, "control": good}, vocabulary).outcome == "undecided"
+    twins = evaluate(rows_by_shard, {"student": good, "control": good}, vocabulary)
+    assert twins.outcome == "undecided"
+    for b in twins.entropy_bins:  # were the differences not paired, twins would seem to differ
+        assert b.kl_difference["control"] == b.agreement_difference["control"] == Estimate(0.0, 0.0, 0.0)
+        assert b.kl_nats["student"].low < b.kl_nats["student"].high  # type: ignore[operator]
     few = {"heldout": rows_by_shard["heldout-a"][:3]}
     assert evaluate(few, {"student": good, "control": bad}, vocabulary).outcome == "undecided"
     without_control = evaluate(rows_by_shard, {"untrained": bad, "student": good}, vocabulary)
@@ -117,6 +122,10 @@ def test_entropy_bins_split_all_positions(evaluation: Evaluation, rows_by_shard:
         start += b.n_positions
         assert (b.low_nats, b.high_nats) == (pytest.approx(part[0]), pytest.approx(part[-1]))
         assert b.mean_nats == pytest.approx(part.mean(), rel=1e-5)
+        assert list(b.kl_difference) == list(b.agreement_difference) == ["untrained", "control"]
+        assert b.kl_difference["control"].value == pytest.approx(
+            b.kl_nats["student"].value - b.kl_nats["control"].value
+        )
     overall = evaluation.overall.models["student"]["agreement_share"]
     weighted = sum(b.agreement_share["student"].value * b.n_positions for b in bins) / len(entropy)
     assert overall is not None and weighted == pytest.approx(overall.value)

@@ -19,11 +19,13 @@ from distill_assets.student_evaluation.report import (
     Heldout,
     ReportDetails,
     ReportFiles,
+    TrainedOn,
     as_markdown,
     visible,
     write_report,
 )
 from distill_assets.student_evaluation.wording import summary_rows, verdict
+from distill_assets.student_model.vocabulary import FitReport
 from tests import tiny
 
 CURVES = {"student": [{"step": i, "loss": 3.0 / i, "kd": 2.0 / i, "ce": 4.0 / i} for i in range(1, 9)]}
@@ -33,11 +35,19 @@ DETAILS = ReportDetails(
     student="layers 0, 2 of the teacher",
     student_id="aaaa000011112222",
     control_id="bbbb000011112222",
-    heldout=(Heldout("heldout-a", "ab" * 32, "cccc000011112222"), Heldout("heldout-b", "cd" * 32, "cccc000011112222")),
+    heldout=(
+        Heldout("heldout-a", "ab" * 32, "cccc000011112222", 0, FitReport(0, 0, 0, 0.0)),
+        Heldout("heldout-b", "cd" * 32, "cccc000011112222", 0, FitReport(0, 0, 0, 0.0)),
+    ),
     teacher_weights="ee" * 32,
+    teacher_dtype="bfloat16",
     dense=False,
+    n_ids=320,
+    supervise="completion",
+    max_length=128,
     targets={"kind": "top_k", "k": 8},
-    training={"steps": 120, "learning_rate": 0.001},
+    training={"objective": "forward_kl", "learning_rate": 0.001},
+    trained_on=TrainedOn(rows=70, positions=1234, steps=8),
 )
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -84,7 +94,7 @@ def test_says_what_was_compared_and_how_it_came_out(written: ReportFiles, evalua
     assert verdict(evaluation) in text
     for said in ("aaaa000011112222", "bbbb000011112222", "cccc000011112222", "models/<b>teacher</b>", "heldout-b"):
         assert said in text
-    assert "k 8" in text and "steps 120" in text and "learning rate 0.001" in text
+    assert "k 8" in text and "70 rows, 1,234 positions in 8 steps" in text and "learning rate 0.001" in text
     for row in summary_rows(evaluation):
         assert row["KL from teacher (nats a position)"].split(" ")[0] in text
     assert f"{evaluation.overall.n_positions:,} positions of 30 held-out rows" in text
@@ -179,15 +189,12 @@ def test_without_control_and_with_one_shard(
     files = write_report(alone, {}, replace(DETAILS, control_id=None), tokenizer, tmp_path / "report")
     text = page(files).text
     assert "Nothing to compare the student with" in text
-    assert (
-        "By held-out shard" not in text
-        and "By held-out shard" in page(write_report(evaluation, {}, DETAILS, tokenizer, tmp_path / "other")).text
-    )
+    assert "There is one, heldout-a, so its figures are those above." in text
 
 
 def test_markdown_is_pure_and_small(evaluation: Evaluation) -> None:
     pictures = draw_pictures(evaluation, CURVES)
-    markdown = as_markdown(evaluation, pictures)
+    markdown = as_markdown(evaluation, DETAILS, pictures)
     assert len(markdown) < 300_000
     assert markdown.startswith(f"**{verdict(evaluation)}**")
     images = re.findall(r"!\[[^\]]+\]\(data:image/png;base64,([A-Za-z0-9+/=]+)\)", markdown)

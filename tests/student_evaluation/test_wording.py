@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from distill_assets.student_evaluation.bootstrap import Estimate
+from distill_assets.student_evaluation.calibration import TEMPERATURES
 from distill_assets.student_evaluation.evaluation import Evaluation
 from distill_assets.student_evaluation.figures import Scope
 from distill_assets.student_evaluation.metrics import RECORD_METRICS
 from distill_assets.student_evaluation.wording import (
+    calibration_rows,
     difference_rows,
+    gap_sentences,
     number,
     summary_rows,
     verdict,
@@ -99,3 +102,16 @@ def test_tables(evaluation: Evaluation) -> None:
     assert [row["difference"] for row in differences] == ["student − untrained", "student − control"]
     assert differences[1]["KL from teacher (nats a position)"].startswith("−")
     assert differences[1]["Top-1 agreement (percentage points)"].startswith("+")
+
+
+def test_a_temperature_at_the_end_of_those_tried_is_a_bound(evaluation: Evaluation) -> None:
+    c = evaluation.calibration["student"]
+    tried = {"a": TEMPERATURES[0], "b": 1.307, "c": TEMPERATURES[-1]}
+    given = {name: replace(c, temperature=temperature) for name, temperature in tried.items()}
+    rows = calibration_rows(replace(evaluation, calibration=given))
+    assert [row["Temperature"] for row in rows] == ["≤ 0.35", "1.31", "≥ 2.83"]
+
+
+def test_a_gap_says_by_which_kl(evaluation: Evaluation, dense_evaluation: Evaluation) -> None:
+    assert gap_sentences(evaluation)[0].startswith("By KL from teacher: the student closes ")
+    assert gap_sentences(dense_evaluation)[0].startswith("By KL from teacher, dense: the student closes ")

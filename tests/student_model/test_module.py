@@ -24,6 +24,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from tests.foundation.test_language_model import random_model
 from tests.student_model.dense import dense_head_loss, random_targets
 from tests.student_model.rows import captured_rows
+from tests.student_model.test_fused_head import Operations
 
 
 @pytest.fixture
@@ -284,6 +285,14 @@ def test_scaled_and_capped_logits_are_learnt_as_the_model_makes_them(kind: str, 
     assert len(ours) == len(dense) == len(list(model.parameters()))
     for mine, other in zip(ours, dense, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_holds_no_logits_of_all_positions(student: PreTrainedModel, vocabulary: StudentVocabulary) -> None:
+    batch, targets = random_batch(vocabulary.n_real, rows=100)
+    module = DistillationModule(student, vocabulary, MIXTURE).train()
+    with Operations() as seen:
+        module(**batch)["loss"].backward()
+    assert 0 < seen.largest <= len(targets.gold_N) * vocabulary.n_real // 2
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(

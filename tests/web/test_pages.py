@@ -86,3 +86,21 @@ def test_the_report(page: Page, home: LiveHome, folder: Path) -> None:
     page.goto(Path(home.distill("report")["path"]).as_uri())
     expect(page.get_by_text("Held-out captures").first).to_be_visible()
     take(page, folder / "report.png")
+
+
+PAPER, PHONE = 680, 390  # pixels: A4 within its margins; a narrow screen
+RIGHTMOST = "Math.max(...[...document.querySelectorAll('main *')].map(e => e.getBoundingClientRect().right))"
+
+
+def test_reports_fit_on_paper_and_on_a_phone(page: Page, home: LiveHome) -> None:
+    """Nothing is cut off where nobody can scroll; on a phone what is wide is scrolled by itself, not the page."""
+    students = [file.parent.name for file in (home.root / "students").glob("*/distillation.json")]
+    for arguments in ((), ("--compare", *students)):
+        page.goto(Path(home.distill("report", *arguments)["path"]).as_uri())
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": PAPER, "height": 1000})
+        assert page.evaluate(RIGHTMOST) <= PAPER
+        page.emulate_media(media="screen")
+        page.set_viewport_size({"width": PHONE, "height": 1000})
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    page.set_viewport_size({"width": 1600, "height": 1000})
