@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.bench import Bench
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so no collection of garbage, of which each training asks for some, need look at it."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

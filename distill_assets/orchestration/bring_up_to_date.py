@@ -19,7 +19,7 @@ from distill_assets.foundation.home import Home
 from distill_assets.orchestration import metadata, records
 from distill_assets.orchestration.assets import WHY_TAG
 from distill_assets.orchestration.checks import CAPTURE_CHECKS, WITH_TEACHER
-from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags
+from distill_assets.orchestration.instance import close_dead_runs, holder_of, open_instance, process_tags, quick_records
 from distill_assets.orchestration.interrupts import noticed_interrupts
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
@@ -206,12 +206,13 @@ class _Walk:
         for key in sorted(planned.keys() & unusable.keys()):
             self._failed(key, unusable[key])
         candidates = self.pipeline.discovery.shards if self.force else plan.todo
-        for shard in candidates:
-            if shard.key in planned:
-                self._capture_one(shard, "forced: all rows" if self.force else _why(planned[shard.key]))
+        tried = [shard for shard in candidates if shard.key in planned]
+        for shard in tried:
+            self._capture_one(shard, "forced: all rows" if self.force else _why(planned[shard.key]))
         self.report.estimate = _estimate(plan, self.report.captured_shards)
-        self.pipeline.forget_captures()
-        self.states = AssetStates(self.pipeline)
+        if tried:
+            self.pipeline.forget_captures()
+            self.states = AssetStates(self.pipeline)
         if self.report.captured_shards:
             self._check_captures(self.report.captured_shards)
 
@@ -297,17 +298,16 @@ class _Walk:
     ) -> dg.ExecuteInProcessResult:
         """A Dagster run in this process. `configs`: run configuration by op."""
         run_id = str(uuid.uuid4())
+        run_config = {
+            "ops": {name: {"config": config} for name, config in configs.items()},
+            "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+        }
+        tags = {**process_tags(run_id), **(tags or {})}
         try:
-            return job.execute_in_process(
-                instance=self.instance,
-                run_id=run_id,
-                run_config={
-                    "ops": {name: {"config": config} for name, config in configs.items()},
-                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                },
-                tags={**process_tags(run_id), **(tags or {})},
-                **options,
-            )
+            with quick_records(self.pipeline.home, run_id):
+                return job.execute_in_process(
+                    instance=self.instance, run_id=run_id, run_config=run_config, tags=tags, **options
+                )
         except dg.DagsterExecutionInterruptedError:  # Dagster's own word for Ctrl-C inside a run
             raise KeyboardInterrupt from None
         finally:

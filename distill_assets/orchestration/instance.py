@@ -1,10 +1,11 @@
 """The Dagster instance of a home, and runs of dead processes in it."""
 
-import contextlib
 import os
 import socket
+import sqlite3
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
@@ -31,12 +32,35 @@ def environment(home: Home) -> dict[str, str]:
     return {HOME_VARIABLE: str(home.root), DAGSTER_VARIABLE: str(home.dagster)}
 
 
-def open_instance(home: Home) -> dg.DagsterInstance:
+@contextmanager
+def open_instance(home: Home) -> Iterator[dg.DagsterInstance]:
     """The home's own instance; also sets this process's environment, which asset bodies read."""
     home.prepare_dagster()
     os.environ.update(environment(home))
     with FileLock(home.dagster / "opening.lock"):  # the first to open it makes the databases
-        return dg.DagsterInstance.get()
+        instance = dg.DagsterInstance.get()
+    with instance, quick_records(home):
+        yield instance
+
+
+@contextmanager
+def quick_records(home: Home, run_id: str = "") -> Iterator[None]:
+    """Makes writing this home's records, and those of one run, two to three times as fast, as long as it lasts.
+
+    Dagster opens and closes an SQLite database for each event, and whoever closes one last copies its log into
+    it and waits for the disk. While somebody has it open, who closes it is not the last.
+    """
+    folder = home.dagster / "history" / "runs"  # none where the records lie in another database
+    of_all = [file for file in (folder.with_name("runs.db"), folder / "index.db", folder / ".db") if file.is_file()]
+    of_run = [folder / f"{run_id}.db"] if run_id and folder.is_dir() else []
+    with ExitStack() as stack:
+        for database in (*of_all, *of_run):
+            connection = stack.enter_context(closing(sqlite3.connect(database, check_same_thread=False)))
+            # As Dagster sets it in the end, but before a run that is about to begin gets its tables: they are
+            # then written at once. The first reading, of whatever, is what keeps the file open.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        yield
 
 
 THIS_PROCESS = uuid.uuid4().hex  # as long as this process lives
@@ -45,7 +69,7 @@ CLOCK_SECONDS = 600.0  # a process seems to begin at another time when the clock
 
 def _host() -> str:
     """This machine, and the container on it: pids of another one mean nothing here."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
@@ -67,7 +91,8 @@ def process_mark(context: dg.InitResourceContext) -> Iterator[None]:
     """Initialised before the first step waits for a pool slot, however the run was started."""
     if context.instance is not None and context.run is not None:
         context.instance.add_run_tags(context.run.run_id, process_tags(context.run.run_id))
-    with find_home().in_use.shared():
+    home = find_home()
+    with home.in_use.shared(), quick_records(home, context.run_id or ""):
         yield
 
 

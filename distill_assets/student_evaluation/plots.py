@@ -201,7 +201,6 @@ def _smoothed_line(ax: Axes, points: Sequence[tuple[int, float]], colour: str, l
 
 def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(7.2, height), dpi=_DPI, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
-    FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -214,8 +213,9 @@ def _marker(name: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", metadata={"Software": None})
-    with Image.open(raw) as picture:
-        picture.convert("RGB").quantize(_PNG_COLOURS).save(small, format="png", optimize=True)
-    return small.getvalue()
+    """Drawn once: `savefig` draws, and lays out, a second time."""
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(_PNG_COLOURS).save(file, format="png", optimize=True)
+    return file.getvalue()

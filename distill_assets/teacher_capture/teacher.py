@@ -59,8 +59,9 @@ def teacher_in_turn(weights: Weights, dtype: Dtype, device: str) -> Iterator[Tea
 
 def release_teacher() -> None:
     """Forget the loaded teacher and give its device back: a student needs the room."""
-    load_teacher.cache_clear()
-    gc.collect()
+    if load_teacher.cache_info().currsize:
+        load_teacher.cache_clear()
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     _turn.give_back()

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import duckdb
@@ -192,6 +193,43 @@ def test_a_reader_goes_on_while_the_catalog_is_replaced(bench: Bench) -> None:
     assert reader.execute("SELECT count(*) FROM captures").fetchall() == [(2,)]
     reader.close()
     assert ask(bench, "SELECT count(*) FROM captures") == [(4,)]
+
+
+REFRESH_AGAIN_AND_AGAIN = """
+import sys
+from pathlib import Path
+from distill_assets.capture_catalog.refresh import CatalogEntry, refresh_catalog
+from distill_assets.foundation.home import Home
+from distill_assets.teacher_capture.store import CaptureStore, read_capture
+
+home = Home(Path(sys.argv[1]))
+files = [Path(path) for path in sys.argv[2:]]
+entries = [CatalogEntry(read_capture(file), "train") for file in files]
+while True:
+    for some in (entries[:1], entries):
+        refresh_catalog(home.catalog, CaptureStore(home.captures), some, home.students, without=files)
+        print("refreshed", flush=True)
+"""
+
+
+def test_readers_beside_a_writer_see_one_state_or_the_other(bench: Bench) -> None:
+    paths = [str(capture.path) for capture in captures(capture_all(bench))]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", REFRESH_AGAIN_AND_AGAIN, str(bench.home.root), *paths], stdout=subprocess.PIPE, text=True
+    )
+    sizes = "SELECT count(*), sum(examples), (SELECT count(*) FROM examples) FROM captures"
+    states, seen = {(1, 6, 6), (4, 24, 24)}, set()
+    try:
+        assert writer.stdout is not None and writer.stdout.readline()
+        until = time.monotonic() + 60
+        while seen != states:
+            seen |= {ask(bench, sizes)[0] for _ in range(8)}
+            assert seen <= states and writer.poll() is None and time.monotonic() < until, seen
+    finally:
+        writer.kill()
+        writer.wait()
+    assert ask(bench, sizes)[0] in seen  # a writer that was killed leaves one of them, too
+    assert refresh(bench, capture_all(bench)).shards == 4
 
 
 def test_lineage_is_read_from_the_students(bench: Bench) -> None:

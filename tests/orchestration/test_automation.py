@@ -40,9 +40,9 @@ FIRST_FILL = [
 class Daemon:
     """Ticks both sensors as Dagster's daemon does, and runs what they request."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, instance: dg.DagsterInstance) -> None:
         self.root = root
-        self.instance = open_instance(Home(root))
+        self.instance = instance
         self.cursor: Any = None
 
     def watch(self, sensor: dg.SensorDefinition | None = None) -> dg.SensorResult | dg.SkipReason:
@@ -91,9 +91,9 @@ class Daemon:
 
 @pytest.fixture
 def daemon(tmp_path: Path, teacher_folder: Path) -> Iterator[Daemon]:
-    daemon = Daemon(tiny.make_home(tmp_path / "home", teacher_folder, shards=2))
-    yield daemon
-    daemon.instance.dispose()
+    root = tiny.make_home(tmp_path / "home", teacher_folder, shards=2)
+    with open_instance(Home(root)) as instance:
+        yield Daemon(root, instance)
     os.environ.pop("DAGSTER_HOME", None)
     os.environ.pop("DISTILL_HOME", None)
 

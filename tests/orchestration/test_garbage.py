@@ -17,6 +17,7 @@ from distill_assets.definitions import defs
 from distill_assets.foundation.errors import HomeError, ModelError, SettingsError, StaleInputs
 from distill_assets.foundation.files import remove
 from distill_assets.foundation.home import Home
+from distill_assets.foundation.progress import Progress
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
 from distill_assets.orchestration.garbage import GarbageReport, collect_garbage
 from distill_assets.orchestration.instance import open_instance
@@ -243,8 +244,17 @@ def test_it_refuses_while_a_run_is_under_way(home: Home) -> None:
 def test_a_run_shuts_gc_out_from_its_beginning_to_its_end(home: Home) -> None:
     """By the lock, which it waits for: what is under way says nothing of a run that is about to start."""
     tiny.write_jsonl(home.root / "shards" / "s0.jsonl", tiny.example_rows(9, start=300))
-    held: list[bool] = []
-    with shown_by(lambda _: held.append(home.in_use.is_held())):
-        report = bring_up_to_date(defs, home, device="cpu", shards=["s0"])
-    assert report.captured_shards == ["s0"] and held and all(held)
-    assert not home.in_use.is_held()
+    held: dict[str, bool] = {}
+
+    def look(progress: Progress) -> None:
+        what = progress.step.split()[0]
+        held[what] = held.get(what, True) and home.in_use.is_held()
+        if what == "train":
+            with pytest.raises(HomeError, match="under way"):
+                collect_garbage(home, dry_run=False)
+
+    before = files(home)
+    with shown_by(look):
+        report = bring_up_to_date(defs, home, device="cpu")
+    assert report.captured_shards == ["s0"] and {"teacher", "train"} <= held.keys() and all(held.values())
+    assert before <= files(home) and not home.in_use.is_held()

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.web.home import LiveHome
 from tests.web.server import Server
@@ -37,5 +37,6 @@ def page(server: Server) -> Iterator[Page]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1600, "height": 1000}, base_url=server.url)
         page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)  # which the page's does not cover
         yield page
         browser.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from distill_assets.capture_catalog.query import run_query
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
 from tests.web.server import Server, wait_until_empty
@@ -125,8 +126,8 @@ class LiveHome:
         return {student.name for student in folder.iterdir()} if folder.exists() else set()
 
     def catalogued(self) -> set[str]:
-        rows = self.distill("sql", "SELECT shard FROM captures")["rows"]
-        return {row["shard"] for row in rows}
+        rows = run_query(self.root / "catalog.duckdb", self.root / "captures", "SELECT shard FROM captures").rows
+        return {shard for (shard,) in rows}
 
     def distill(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         """The answer of `distill ... --json` in a process of its own."""

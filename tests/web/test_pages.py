@@ -9,6 +9,7 @@ and their pictures are thrown away.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ASSETS = (
 )
 # Groups are drawn closed; this is what clicking all three open puts into the address.
 EXPANDED = "%2C".join(f"global%40global%3A{group}" for group in ("data", "capture", "students"))
+PLOTTED = ("rows captured", "rows reused", "tokens", "bytes", "tokens per second", "mean entropy (nats)")
 GIVEN = os.environ.get("DISTILL_PICTURES_HOME")
 
 
@@ -74,6 +76,34 @@ def test_the_partitions(server: Server, page: Page, home: LiveHome, folder: Path
         expect(page.get_by_text(key, exact=True).first).to_be_visible()
     expect(page.get_by_text("mean kept mass").first).to_be_visible()
     take(page, folder / "partitions.png", height=755)  # above the file's path, which is the picture-taker's
+
+
+def test_the_captures_columns_code_and_figures_over_partitions_and_time(server: Server, page: Page) -> None:
+    page.goto("/assets/teacher_capture", wait_until="domcontentloaded")
+    expect(page.get_by_text("list<list<uint8>>", exact=True)).to_be_visible()
+    code = page.get_by_role("link", name=re.compile("assets.py in editor"))
+    expect(code).to_have_attribute("href", re.compile(r"orchestration/assets\.py:\d+$"))
+    page.get_by_role("button", name="Plots").click()
+    for over in ("Partitions", "Events"):
+        page.get_by_role("button", name=over, exact=True).click()
+        for figure in PLOTTED:
+            titled = re.compile(f"^{re.escape(figure)}$")
+            expect(page.locator("div", has=page.locator("canvas"), has_text=titled).first).to_be_visible()
+
+
+@pytest.mark.parametrize("asset", ["capture_catalog", "student_model", "student_evaluation"])
+def test_summaries_have_pictures(server: Server, page: Page, asset: str) -> None:
+    page.goto(f"/assets/{asset}", wait_until="domcontentloaded")
+    page.get_by_text("[Show Markdown]").first.click()
+    picture = page.get_by_role("dialog").locator("img").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+def test_runs_say_why(server: Server, page: Page) -> None:
+    page.goto("/runs", wait_until="domcontentloaded")
+    expect(page.get_by_text(re.compile(r"distill/why: new: \d+ rows of \d+")).first).to_be_visible()
+    expect(page.get_by_text(re.compile(r"distill/captured: \d+ rows of \d+")).first).to_be_visible()
 
 
 def test_the_evaluation(server: Server, page: Page, folder: Path) -> None:
