@@ -52,6 +52,13 @@ class CaptureConfig(DeviceConfig):
     batch_tokens: int | None = None  # padded tokens in one forward pass; None: what suits the device
 
 
+class TrainConfig(DeviceConfig):
+    """How a student is trained."""
+
+    pass_tokens: int | None = None  # padded tokens in one forward and backward pass; None: what suits the device
+    gradient_checkpointing: bool = False  # layers computed twice, not kept; comes by itself where memory runs out
+
+
 def look() -> AssetStates:
     """The home as it is now."""
     return AssetStates(Pipeline(find_home()))
@@ -168,10 +175,10 @@ def capture_catalog(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     )
 
 
-def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: StudentKind) -> dg.MaterializeResult:
+def _student(context: dg.AssetExecutionContext, config: TrainConfig, kind: StudentKind) -> dg.MaterializeResult:
     states = look()
     written = config.force or not states.students.exists(kind)
-    record = states.students.train(kind, device=config.device, force=config.force, on_progress=progress_of(context))
+    record = states.students.train(kind, **config.model_dump(), on_progress=progress_of(context))
     return dg.MaterializeResult(
         metadata=metadata.of_student(record, states.students.folder(kind), written),
         data_version=dg.DataVersion(record.spec.student_id),
@@ -182,7 +189,7 @@ def _student(context: dg.AssetExecutionContext, config: DeviceConfig, kind: Stud
     **STUDENT,
     description="The student, trained on the captured distributions; loads with from_pretrained.",
 )
-def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+def student_model(context: dg.AssetExecutionContext, config: TrainConfig) -> dg.MaterializeResult:
     return _student(context, config, "student")
 
 
@@ -190,7 +197,7 @@ def student_model(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg
     **STUDENT,
     description="The honest control: same start, rows, order and steps, hard labels only.",
 )
-def control_student(context: dg.AssetExecutionContext, config: DeviceConfig) -> dg.MaterializeResult:
+def control_student(context: dg.AssetExecutionContext, config: TrainConfig) -> dg.MaterializeResult:
     if not find_home().settings().control:
         return dg.MaterializeResult(metadata={"control": "switched off"}, data_version=dg.DataVersion(OFF))
     return _student(context, config, "control")

@@ -132,20 +132,28 @@ class StudentSide:
     # making ----------------------------------------------------------------------------------
 
     def train(
-        self, kind: StudentKind, *, device: str, force: bool, on_progress: ProgressListener = ignore_progress
+        self,
+        kind: StudentKind,
+        *,
+        device: str,
+        force: bool,
+        on_progress: ProgressListener = ignore_progress,
+        **how: Any,
     ) -> StudentRecord:
-        """The student of this kind, trained unless it exists, and the catalog told of it."""
+        """The student of this kind, trained unless it exists, and the catalog told of it. `how`: to `train_student`."""
         self.require_inputs()
         self.pipeline.require_usable_pair()
         if force or not self.exists(kind):
             self.ids = self._find_ids(anew=True)  # nothing is made under a name that is only remembered
         with alone(self.home.training / f"{self.ids[kind]}.lock"):  # two would work in one folder of checkpoints
             if force or not self.exists(kind):
-                self._train(kind, device, force, on_progress)
+                self._train(kind, device, force, on_progress, how)
         refresh_lineage(self.home.catalog, self.home.students)
         return read_student(self.folder(kind))
 
-    def _train(self, kind: StudentKind, device: str, force: bool, on_progress: ProgressListener) -> None:
+    def _train(
+        self, kind: StudentKind, device: str, force: bool, on_progress: ProgressListener, how: dict[str, Any]
+    ) -> None:
         from distill_assets.foundation.devices import resolve_device
         from distill_assets.student_model.training import train_student
         from distill_assets.teacher_capture.teacher import release_teacher
@@ -165,6 +173,7 @@ class StudentSide:
             device=device,
             under_way=under_way,
             on_progress=on_progress,
+            **how,
         )
 
     def _spec(self, kind: StudentKind) -> StudentSpec:
