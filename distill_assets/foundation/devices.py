@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import tempfile
 import time
@@ -118,3 +119,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_WORDS)
     )
+
+
+def free_memory() -> None:
+    """Give back what nothing uses any more. Outside an `except` block: a traceback holds on to what failed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -87,14 +87,52 @@ def head_width(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
     """Final hidden states [B, T, D] of right-padded rows, after the body's last normalisation.
 
     No attention mask: in a causal model a token never sees what stands to its right, so padding
     on the right changes nothing at real tokens, and attention takes its fast causal path.
+
+    With `positions_BT`, B is 1: rows one after another, whose positions begin anew at 0. For a model that
+    `keeps_packed_rows_apart`.
     """
-    output = model.base_model(input_ids=ids_BT, use_cache=False)
+    packed = {} if positions_BT is None else _packed_arguments(positions_BT)
+    output = model.base_model(input_ids=ids_BT, use_cache=False, **packed)
     return output.last_hidden_state
+
+
+def _packed_arguments(positions_BT: Tensor) -> dict[str, Any]:
+    """What tells any attention of transformers where rows begin. Flash attention would look for it in each layer."""
+    starts_R = (positions_BT[0] == 0).nonzero()[:, 0]
+    ends_R1 = torch.cat([starts_R, starts_R.new_tensor([positions_BT.shape[1]])]).int()
+    longest = int(ends_R1.diff().max())
+    return {
+        "position_ids": positions_BT,
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends_R1),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }
+
+
+@torch.no_grad()
+def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether two short rows, one after the other without padding, get the hidden states that each gets alone.
+
+    Not so where something other than attention looks back, as convolutions and recurrent layers do.
+    """
+    first, length, kind = 9, 16, model.device.type
+    ids_BT = torch.arange(1, length + 1, device=model.device).remainder(head_width(model))[None]
+    positions_BT = torch.arange(length, device=model.device)[None].remainder(first)
+    was_training = model.training
+    model.eval()
+    try:
+        packed_BTD = hidden_states(model, ids_BT, positions_BT)
+        alone_BTD = torch.cat([hidden_states(model, ids_BT[:, :first]), hidden_states(model, ids_BT[:, first:])], dim=1)
+    except TypeError:  # a body that is not told positions
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = 5e-2 if torch.is_autocast_enabled(kind) or model.dtype != torch.float32 else 1e-4
+    return torch.allclose(packed_BTD, alone_BTD, rtol=tolerance, atol=tolerance)
 
 
 def head_logits(

@@ -29,6 +29,7 @@ SETTINGS_FILE = "distill.yaml"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "renormalized"]
+Precision = Literal["float32", "bfloat16"]
 _YAML_TEXT_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")  # 2e-4: a number everywhere but in YAML 1.1
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -224,6 +225,11 @@ class TrainingSettings(Spec):
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0.0, description="gradients are clipped to this norm")
     batch_tokens: int = Field(2048, ge=2, description="most tokens, padding included, in one optimiser step")
+    precision: Precision = Field(
+        "float32",
+        description="float32; bfloat16: passes in it, fast on a GPU and slow on a CPU; weights, loss and optimiser in "
+        "float32",
+    )
     freeze_embeddings: bool = Field(False, description="keep input embeddings (and a tied head) as they start")
     seed: int = Field(0, ge=0, description="seed of the row order and of random initial weights")
 
@@ -243,6 +249,8 @@ class TrainingSettings(Spec):
             without.add("where")
         if not self.mixture:
             without.add("mixture")
+        if self.precision == "float32":
+            without.add("precision")
         return self.model_dump(exclude=without)
 
 

@@ -51,6 +51,8 @@ class TrainingConfig(DeviceConfig):
     """How a student is trained."""
 
     processes: int = Field(1, ge=1)  # of this machine, each with a device of its own; on a CPU they share it
+    pass_tokens: int | None = None  # padded tokens in one forward and backward pass; None: what suits the device
+    gradient_checkpointing: bool = False  # layers computed twice, not kept; comes by itself where memory runs out
 
 
 class CaptureConfig(DeviceConfig):

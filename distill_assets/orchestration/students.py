@@ -175,20 +175,27 @@ class StudentSide:
         force: bool,
         processes: int = 1,
         on_progress: ProgressListener = ignore_progress,
+        **how: Any,
     ) -> StudentRecord:
-        """The student of this kind, trained unless it exists, and the catalog told of it."""
+        """The student of this kind, trained unless it exists, and the catalog told of it. `how`: to `train_student`."""
         self.require_inputs()
         self.pipeline.require_usable_pair()
         if force or not self.exists(kind):
             self.ids = self._find_ids(anew=True)  # nothing is made under a name that is only remembered
         with alone(self.home.training / f"{self.ids[kind]}.lock"):  # two would work in one folder of checkpoints
             if force or not self.exists(kind):
-                self._train(kind, device, force, processes, on_progress)
+                self._train(kind, device, force, processes, on_progress, how)
         refresh_lineage(self.home.catalog, self.home.students)
         return read_student(self.folder(kind))
 
     def _train(
-        self, kind: StudentKind, device: str, force: bool, processes: int, on_progress: ProgressListener
+        self,
+        kind: StudentKind,
+        device: str,
+        force: bool,
+        processes: int,
+        on_progress: ProgressListener,
+        how: dict[str, Any],
     ) -> None:
         from distill_assets.foundation.devices import resolve_device
         from distill_assets.teacher_capture.teacher import release_teacher
@@ -199,7 +206,7 @@ class StudentSide:
             remove(under_way)
         release_teacher()  # the student needs the room, and never the teacher
         if processes == 1:
-            self.train_here(kind, device=device, under_way=under_way, on_progress=on_progress)
+            self.train_here(kind, device=device, under_way=under_way, on_progress=on_progress, **how)
         else:
             train_in_processes(
                 self.home,
@@ -208,10 +215,13 @@ class StudentSide:
                 under_way,
                 processes=processes,
                 device=device,
+                how=how,
                 on_progress=on_progress,
             )
 
-    def train_here(self, kind: StudentKind, *, device: str, under_way: Path, on_progress: ProgressListener) -> None:
+    def train_here(
+        self, kind: StudentKind, *, device: str, under_way: Path, on_progress: ProgressListener, **how: Any
+    ) -> None:
         """Train in this process, which may be one of several, whatever there is already."""
         from distill_assets.student_model.training import train_student
 
@@ -226,6 +236,7 @@ class StudentSide:
             device=device,
             under_way=under_way,
             on_progress=on_progress,
+            **how,
         )
 
     def _spec(self, kind: StudentKind) -> StudentSpec:

@@ -39,18 +39,31 @@ def train_in_processes(
     *,
     processes: int,
     device: str,
+    how: dict[str, Any],
     on_progress: ProgressListener,
 ) -> None:
     """Train the student of this kind and write its folder, as `StudentSide.train_here` does in one process.
 
-    `under_way` is where its checkpoints lie. What a process raises is raised here; where one dies without a word,
-    TrainingError says how. Whatever ends this function ends all processes, and so does the death of the process that
-    called it.
+    `under_way` is where its checkpoints lie; `how` goes to `train_student`. What a process raises is raised here;
+    where one dies without a word, TrainingError says how. Whatever ends this function ends all processes, and so does
+    the death of the process that called it.
     """
+    from distill_assets.foundation.devices import resolve_device
+
     require_devices(device, processes)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     words += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    words += ["--dynamo_backend", "no", "-m", __name__, str(home.root), kind, student_id, str(under_way)]
+    words += [
+        "--dynamo_backend",
+        "no",
+        "-m",
+        __name__,
+        str(home.root),
+        kind,
+        student_id,
+        str(under_way),
+        json.dumps(how),
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu").lower(), "DISTILL_HOME": str(home.root)}
     with tempfile.TemporaryFile("w+", errors="replace") as said, _ended_with_us(words, environment, said) as process:
         failure = _listen(process, on_progress)
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("kind", choices=get_args(StudentKind))
     parser.add_argument("student_id")
     parser.add_argument("under_way", type=Path)
+    parser.add_argument("how", type=json.loads)
     given = parser.parse_args()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     rank = int(os.environ["RANK"])
@@ -166,7 +180,7 @@ def _train(given: argparse.Namespace, tell: ProgressListener) -> None:
     if students.ids[given.kind] != given.student_id:
         raise StaleInputs(f"distill.yaml or a shard changed while the {given.kind} was about to be trained; run again")
     device = "cpu" if os.environ["ACCELERATE_USE_CPU"] == "true" else f"cuda:{os.environ['LOCAL_RANK']}"
-    students.train_here(given.kind, device=device, under_way=given.under_way, on_progress=tell)
+    students.train_here(given.kind, device=device, under_way=given.under_way, on_progress=tell, **given.how)
 
 
 def _say(**told: Any) -> None:

@@ -1,7 +1,7 @@
 """Which rows make an optimiser step, and how they become tensors.
 
-Legend: B = rows, T = tokens of the longest, N = supervised positions of all rows in row order,
-K = most ids kept at one of them, S = most tail samples.
+Legend: R = rows, B = rows of a tensor, T = tokens of one, M = tokens of all rows, N = supervised positions of all
+rows in row order, K = most ids kept at one of them, S = most tail samples.
 
 The plan depends on the rows alone, never on device or number of processes: one planned batch is
 one optimiser step, and several processes share it.
@@ -67,8 +67,10 @@ def epoch_ends(plan: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[int]
     return [steps[seen] for seen in accumulate(sizes)]
 
 
-def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor]:
+def collate(rows: Sequence[CapturedRow], with_targets: bool, packed: bool = False) -> dict[str, Tensor]:
     """Right-padded tensors of some rows, the arguments of `DistillationModule.forward`.
+
+    `packed`: the rows stand one after another in one, without padding, and `positions_BT` begin anew with each.
 
     `labels` [B, T] already stand where they are predicted: labels[b, t] is token t + 1 at a
     supervised position t, IGNORED elsewhere. Targets follow the labels in row order: ids with their
@@ -76,23 +78,28 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool) -> dict[str, Tensor
     samples if there are; the control's batches have none. No rows (a process whose share of a batch is
     empty) give one padding token that trains nothing.
     """
-    lengths_B = np.array([len(row.input_ids) for row in rows] or [1])
-    ids_BT = np.zeros((len(lengths_B), lengths_B.max()), dtype=np.int64)
+    lengths_R = np.array([len(row.input_ids) for row in rows] or [1])
+    width = lengths_R.sum() if packed else lengths_R.max()
+    starts_R = lengths_R.cumsum() - lengths_R if packed else width * np.arange(len(lengths_R))
+    ids_BT = np.zeros((1 if packed else len(lengths_R), width), dtype=np.int64)
     labels_BT = np.full_like(ids_BT, IGNORED)
+    position_M = np.arange(lengths_R.sum()) - np.repeat(lengths_R.cumsum() - lengths_R, lengths_R)
     if rows:  # all of them at once: the tensors of a row are so small that calls would cost more than work
-        ids_M = np.concatenate([row.input_ids for row in rows])
-        ids_BT[np.arange(ids_BT.shape[1]) < lengths_B[:, None]] = ids_M
+        ids, labels = ids_BT.reshape(-1), labels_BT.reshape(-1)
+        ids[np.repeat(starts_R, lengths_R) + position_M] = np.concatenate([row.input_ids for row in rows])
         position_N = np.concatenate([row.targets.positions_P for row in rows])
         row_N = np.repeat(np.arange(len(rows)), [row.targets.n_positions for row in rows])
-        if (position_N + 1 >= lengths_B[row_N]).any():
+        if (position_N + 1 >= lengths_R[row_N]).any():
             raise IndexError("a position has no token after it in its row")
-        labels_BT[row_N, position_N] = ids_BT[row_N, position_N + 1]
+        labels[starts_R[row_N] + position_N] = ids[starts_R[row_N] + position_N + 1]
     weights = [_position_weights(row) for row in rows]
     batch = {
         "ids_BT": torch.from_numpy(ids_BT),
         "labels": torch.from_numpy(labels_BT),
         "weight_N": _joined(weights, np.zeros(0, np.float32)),
     }
+    if packed:
+        batch["positions_BT"] = torch.from_numpy(position_M[None])
     if with_targets:
         batch |= _targets([row.targets for row in rows])
     return batch

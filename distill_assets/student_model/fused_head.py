@@ -38,8 +38,8 @@ def head_loss(
 
     Only the first has a gradient: on `hidden_ND`, and on the head's matrix and bias where they want one.
     It is a first derivative, and is given once: RuntimeError for a second backward pass and for create_graph.
-    Products are in the dtype of the matrix, or autocast's; losses and sums over chunks in float32 (float64 if the
-    products are).
+    What is multiplied is rounded to the dtype of the matrix, or autocast's; sums within products and over chunks, and
+    losses, are in float32 (float64 if that is the dtype).
     """
     rows = chunk_rows or max(16, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * n_real)))
     parts = [hidden_ND, head.weight_WD, head.bias_W]
@@ -96,24 +96,32 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Logits:
-    """How hidden states become logits of real ids, with products in `dtype` and all else in `wide`."""
+    """How hidden states become logits of real ids: factors of products are rounded to `dtype`, all else is `wide`."""
 
     def __init__(self, head: PlainHead, n_real: int, unused: Tensor, dtype: torch.dtype) -> None:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
         self.head, self.unused = head, unused
-        self.weight_VD = head.weight_WD.detach()[:n_real].to(dtype)
+        self.weight_VD = self.factor(head.weight_WD.detach()[:n_real])
         self.bias_V = None if head.bias_W is None else head.bias_W.detach()[:n_real].to(self.wide) * head.scale
+
+    def factor(self, tensor: Tensor) -> Tensor:
+        """As it enters a product. CUDA sums products of halves in float32; elsewhere what was rounded is made wide."""
+        rounded = tensor.to(self.dtype)
+        return rounded if rounded.is_cuda else rounded.to(self.wide)
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of two factors, in `wide`."""
+        if left.dtype == self.wide:
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=self.wide, out=out)
 
     def scaled(self, hidden_CD: Tensor) -> Tensor:
         """Hidden states as they enter the product: scaling them scales logits and the matrix's gradient."""
-        return (hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale).to(self.dtype)
+        return self.factor(hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale)
 
     def write(self, logits_CV: Tensor, hidden_CD: Tensor) -> Tensor | None:
         """Fill `logits_CV`; the slope of the soft cap [C, V] is given back where there is one."""
-        if self.dtype == self.wide:
-            torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
-        else:
-            logits_CV.copy_(hidden_CD @ self.weight_VD.T)
+        self.product(hidden_CD, self.weight_VD.T, out=logits_CV)
         if self.bias_V is not None:
             logits_CV.add_(self.bias_V)
         slope_CV = None
@@ -140,15 +148,15 @@ class _Gradients:
 
     def add(self, part: slice, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
         logits, n_real = self._logits, gradient_CV.shape[1]
-        factor_CV = gradient_CV.to(logits.dtype)
+        factor_CV = logits.factor(gradient_CV)
         if self._of_hidden_ND is not None:
-            self._of_hidden_ND[part] = (factor_CV @ logits.weight_VD).mul_(logits.head.scale)
+            self._of_hidden_ND[part] = logits.product(factor_CV, logits.weight_VD).mul_(logits.head.scale)
         if self._of_weight_WD is not None:
             total_VD = self._of_weight_WD[:n_real]
-            if logits.dtype == logits.wide:
+            if factor_CV.dtype == logits.wide:
                 total_VD.addmm_(factor_CV.T, hidden_CD)
             else:
-                total_VD += factor_CV.T @ hidden_CD
+                total_VD += logits.product(factor_CV.T, hidden_CD)
         if self._of_bias_W is not None:
             self._of_bias_W[:n_real] += gradient_CV.sum(0).mul_(logits.head.scale)
 

@@ -16,6 +16,7 @@ from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import StudentSettings
 from distill_assets.foundation.tokenizers import load_tokenizer, quiet_transformers
 from distill_assets.student_model.origin import given, require_layers
+from distill_assets.student_model.passes import room_for_student
 
 
 def initial_student(
@@ -32,20 +33,22 @@ def initial_student(
     the width of a new head unless the configuration names a vocab_size; `seed` draws random
     weights. BOS, EOS and PAD are those of the teacher's tokenizer, which the student is saved
     with. Raises SettingsError for a layer or configuration that cannot be, ModelError for a model
-    that cannot be loaded or taken apart.
+    that cannot be loaded or taken apart, TrainingError for one without room in memory.
     """
-    if student.from_teacher_layers is not None:
-        model = _from_layers(teacher, student.from_teacher_layers)
-    elif student.config is not None:
-        model = _from_config({"vocab_size": n_real, **student.config}, seed)
-    else:
-        model = load_model(given(student_folder), "float32", torch.device("cpu"))
+    with room_for_student(device):
+        if student.from_teacher_layers is not None:
+            model = _from_layers(teacher, student.from_teacher_layers)
+        elif student.config is not None:
+            model = _from_config({"vocab_size": n_real, **student.config}, seed)
+        else:
+            model = load_model(given(student_folder), "float32", torch.device("cpu"))
+        model.to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(teacher)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in special.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**special)
-    return model.to(device).train()  # type: ignore[arg-type]
+    return model.train()
 
 
 def _new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:

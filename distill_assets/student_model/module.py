@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill_assets.foundation.language_model import hidden_states, plain_head
+from distill_assets.foundation.settings import Precision
 from distill_assets.student_model.batches import IGNORED
 from distill_assets.student_model.fused_head import head_loss
 from distill_assets.student_model.losses import LossMixture, PositionTargets
@@ -22,20 +23,25 @@ from distill_assets.student_model.vocabulary import StudentVocabulary
 
 
 class DistillationModule(nn.Module):
-    """A student that returns its loss on a collated batch.
+    """A student that returns its loss on a collated batch, computed in `precision`; its weights stay as they are.
 
     The control has batches without targets, and its loss is the cross-entropy whatever `mixture` says. ModelError for a
     student whose head is not one matrix.
     """
 
-    accepts_loss_kwargs = True  # tells Trainer to pass the number of supervised positions of the whole step
-
-    def __init__(self, model: PreTrainedModel, vocabulary: StudentVocabulary, mixture: LossMixture) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocabulary: StudentVocabulary,
+        mixture: LossMixture,
+        precision: Precision = "float32",
+    ) -> None:
         super().__init__()
         plain_head(model)
         self.model = model
         self.n_real = vocabulary.n_real
         self.mixture = mixture
+        self.in_bfloat16 = precision == "bfloat16"
         self.register_buffer("unused", torch.tensor(vocabulary.unused, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -48,6 +54,7 @@ class DistillationModule(nn.Module):
         support_weights_NK: Tensor | None = None,
         tail_logprob_N: Tensor | None = None,
         tail_sample_ids_NS: Tensor | None = None,
+        positions_BT: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """`loss` to call backward on, and its parts `kd` and `ce`, detached, in nats a position.
@@ -57,8 +64,6 @@ class DistillationModule(nn.Module):
         it, by this batch's own. `kd` is 0 for a batch without targets.
         """
         supervised_BT = labels != IGNORED
-        hidden_BTD = hidden_states(self.model, ids_BT)
-        hidden_ND = hidden_BTD[supervised_BT]
         targets = PositionTargets(
             gold_N=labels[supervised_BT],
             weight_N=weight_N,
@@ -68,8 +73,11 @@ class DistillationModule(nn.Module):
             weights_NK=support_weights_NK,
             tail_sample_ids_NS=tail_sample_ids_NS,
         )
-        head = plain_head(self.model)
-        loss, kd, ce = head_loss(hidden_ND, head, self.n_real, self.get_buffer("unused"), targets, self.mixture)
+        unused = self.get_buffer("unused")
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            hidden_BTD = hidden_states(self.model, ids_BT, positions_BT)
+            hidden_ND = hidden_BTD[supervised_BT]
+            loss, kd, ce = head_loss(hidden_ND, plain_head(self.model), self.n_real, unused, targets, self.mixture)
         items = len(hidden_ND) if num_items_in_batch is None else num_items_in_batch
         loss = loss + 0.0 * hidden_BTD[0, 0, 0].float()  # an empty share still has a (zero) gradient
         return {"loss": loss / items, "kd": kd / items, "ce": ce / items}

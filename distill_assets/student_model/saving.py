@@ -176,6 +176,7 @@ Made by distill_assets {record.tools["distill_assets"]}.
 - Loss: {goal}
 - Training: {training.epochs} epoch(s) of {report.rows} rows, {report.steps} steps of at most {training.batch_tokens}
   tokens, {report.supervised_tokens} supervised tokens in all, AdamW at {training.learning_rate:g}, seed {training.seed}
+- Arithmetic: {training.precision}; weights float32
 {_choice(training)}- Loss of the last step: {last.loss:.4f} nats a token
 - Tokenizer: the teacher's; differences taken on knowingly: {differences}
 - Ids the student lacks: {report.fit.mass_dropped:.2%} of the teacher's probability lay on them; left out, and with them

@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from distill_assets.foundation.devices import resolve_device
+from distill_assets.foundation.devices import free_memory, is_out_of_memory, resolve_device
 from distill_assets.foundation.errors import TrainingError, first_line
 from distill_assets.foundation.files import remove, write_json
 from distill_assets.foundation.language_model import head_width
@@ -45,6 +45,7 @@ from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_
 from distill_assets.student_model.choice import Turns
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule, mean_losses
+from distill_assets.student_model.passes import Passes, prefers_packed_rows, random_state, room_for_student
 from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
 from distill_assets.student_model.vocabulary import FitReport, fit_rows
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
@@ -63,6 +64,8 @@ def train_student(
     validation: Sequence[CapturedRow] = (),
     max_missing_mass: float = 1.0,
     device: str = "auto",
+    pass_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
     under_way: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     on_progress: ProgressListener = ignore_progress,
@@ -70,10 +73,12 @@ def train_student(
     """Train `model` (an `initial_student`, changed in place) and write it to `folder` with `tokenizer`.
 
     `rows` and `validation` carry targets as stored. Their order does not matter: rows are planned
-    in the order of their keys, so equal ids mean equal students, on one CPU bit for bit. Raises
-    TrainingError when no row can be trained on, when more than `max_missing_mass` of the teacher's
-    probability lies on ids the student lacks, or when a loss is not finite; whatever is raised, an
-    interrupt included, `folder` is as it was.
+    in the order of their keys, so equal ids mean equal students, on one CPU and with passes of one size bit for bit.
+    Raises TrainingError when no row can be trained on, when more than `max_missing_mass` of the teacher's
+    probability lies on ids the student lacks, when a loss is not finite, or when there is too little memory; whatever
+    is raised, an interrupt included, `folder` is as it was.
+
+    `pass_tokens` and `gradient_checkpointing` say how a step is run, see `Passes`; where memory runs out they change.
 
     With a folder `under_way`, which is one training's at a time, a checkpoint is left there every `checkpoint_seconds`,
     and one that was killed goes on from it, on one CPU to the same bits as undisturbed; the folder is removed once the
@@ -98,8 +103,9 @@ def train_student(
     with_targets = spec.kind == "student"
     chosen = spec.training
     mixture = LossMixture(chosen.objective, chosen.temperature, chosen.kd_weight, chosen.tail_sample_weight)
-    module = DistillationModule(model, spec.vocabulary, mixture)
+    module = DistillationModule(model, spec.vocabulary, mixture, chosen.precision)
     turns = Turns(train_rows, spec.training.seed)
+    passes = Passes(model, pass_tokens, prefers_packed_rows(model, chosen.precision), gradient_checkpointing)
     plan = plan_batches(
         [len(row.input_ids) for row in train_rows],
         spec.training.batch_tokens,
@@ -110,7 +116,7 @@ def train_student(
     sizes = [len(turns.of(epoch)) for epoch in range(spec.training.epochs)]
     with _folder_for(under_way) as checkpoints:
         arguments = training_arguments(spec.training, len(plan), target, checkpoints)
-        trainer = DistillationTrainer(module, arguments, train_rows, plan, sizes, with_targets)
+        trainer = DistillationTrainer(module, arguments, train_rows, plan, sizes, with_targets, passes)
         trainer.add_callback(
             _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
         )
@@ -118,7 +124,8 @@ def train_student(
         if under_way is not None:
             trainer.add_callback(_Checkpoints(checkpoint_seconds))
             before = _told_by_first(latest_checkpoint(checkpoints) if trainer.is_world_process_zero() else None)
-        trainer.train(resume_from_checkpoint=str(before) if before else None)
+        with room_for_student(target, model.num_parameters(only_trainable=True)):
+            trainer.train(resume_from_checkpoint=str(before) if before else None)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TrainingError(
             f"student {spec.student_id}: the last step left weights that are not finite; lower training.learning_rate"
@@ -204,12 +211,12 @@ def training_arguments(
 
 
 class _Steps(Dataset[dict[str, Any]]):
-    """Item i is this process's share of planned batch i, with its rows' keys for error messages."""
+    """Item i is planned batch i: this process's share of its rows, and of all of them the keys and how many positions
+    they train.
+    """
 
-    def __init__(
-        self, rows: Sequence[CapturedRow], plan: Sequence[Sequence[int]], with_targets: bool, rank: int, processes: int
-    ) -> None:
-        self._rows, self._plan, self._with_targets = rows, plan, with_targets
+    def __init__(self, rows: Sequence[CapturedRow], plan: Sequence[Sequence[int]], rank: int, processes: int) -> None:
+        self._rows, self._plan = rows, plan
         self._rank, self._processes = rank, processes
 
     def __len__(self) -> int:
@@ -218,7 +225,8 @@ class _Steps(Dataset[dict[str, Any]]):
     def __getitem__(self, step: int) -> dict[str, Any]:
         rows = [self._rows[i] for i in self._plan[step]]
         share = rows[self._rank :: self._processes]
-        return {**collate(share, self._with_targets), "keys": [row.key for row in rows]}
+        positions = sum(row.targets.n_positions for row in rows)
+        return {"rows": share, "keys": [row.key for row in rows], "positions": positions}
 
 
 class DistillationTrainer(Trainer):
@@ -234,13 +242,15 @@ class DistillationTrainer(Trainer):
         plan: Sequence[Sequence[int]],
         sizes: Sequence[int],
         with_targets: bool,
+        passes: Passes,
     ) -> None:
-        steps = _Steps(rows, plan, with_targets, arguments.process_index, arguments.world_size)
+        steps = _Steps(rows, plan, arguments.process_index, arguments.world_size)
         super().__init__(model=module, args=arguments, train_dataset=steps)
         self.remove_callback(PrinterCallback)
         self.module = module
         self.ends = epoch_ends(plan, sizes)
         self.with_targets = with_targets
+        self.passes = passes
         self.curve: list[CurvePoint] = []
         self.validation: list[ValidationPoint] = []
         self.trouble = ""  # with the last checkpoint
@@ -263,7 +273,7 @@ class DistillationTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(folder / _WEIGHTS))
         told = {"curve": list(map(asdict, self.curve)), "validation": list(map(asdict, self.validation))}
-        write_json(folder / _CURVE, {**told, "seconds": self.seconds})
+        write_json(folder / _CURVE, {**told, "seconds": self.seconds, "pass_tokens": self.passes.tokens})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, marked whole at its end, when every process has written its part. That one cannot be written
@@ -292,6 +302,7 @@ class DistillationTrainer(Trainer):
         self.curve = [CurvePoint(**point) for point in told["curve"]]
         self.validation = [ValidationPoint(**point) for point in told["validation"]]
         self._seconds_before = told["seconds"]
+        self.passes.tokens = min(self.passes.tokens, told["pass_tokens"])  # what memory had room for
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
@@ -302,29 +313,54 @@ class DistillationTrainer(Trainer):
         )
         return self.lr_scheduler
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        keys = inputs.pop("keys")
-        outputs: dict[str, Tensor] = model(**inputs, num_items_in_batch=num_items_in_batch)
-        parts = torch.stack([outputs["loss"].detach(), outputs["kd"], outputs["ce"]])
-        loss, kd, ce = self.accelerator.reduce(parts, reduction="sum").tolist()
-        step = self.state.global_step + 1
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward passes of a planned batch. Where memory runs out, all of them again, but smaller."""
+        model.train()
+        while True:
+            restart = random_state(self.args.device)
+            total = torch.zeros(3, device=self.args.device)
+            passes = self.passes.of(inputs["rows"])
+            try:
+                for rows in passes:
+                    last = rows is passes[-1]
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        total += self._forward_and_backward(model, rows, inputs["positions"])
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the except block: the error's traceback holds on to every tensor of the pass.
+            model.zero_grad()
+            free_memory()
+            restart()
+            if self.args.world_size > 1:
+                raise TrainingError(
+                    f"process {self.args.process_index} on {self.args.device} has no memory left for a pass of "
+                    f"{self.passes.tokens:,} tokens, and the others wait for it\nset pass_tokens to half of that"
+                )
+            self.passes.take_less(rows)
+        loss, kd, ce = self.accelerator.reduce(total, reduction="sum").tolist()
+        self._note(loss, kd, ce, inputs)
+        return total[0]
+
+    def _forward_and_backward(self, model: Any, rows: Sequence[CapturedRow], positions: int) -> Tensor:
+        """Gradients of a pass, added to those that are there; its share of the step's [loss, kd, ce]."""
+        batch = self._prepare_inputs(collate(rows, self.with_targets, self.passes.packed))
+        outputs: dict[str, Tensor] = model(**batch, num_items_in_batch=positions)
+        # DDP averages gradients; shares must add up.
+        self.accelerator.backward(outputs["loss"] * self.accelerator.num_processes)
+        return torch.stack([outputs["loss"].detach(), outputs["kd"], outputs["ce"]])
+
+    def _note(self, loss: float, kd: float, ce: float, inputs: dict[str, Any]) -> None:
+        """Add a point to the curve; TrainingError where the loss is no number."""
+        step, keys = self.state.global_step + 1, inputs["keys"]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {step} is {loss}; lower training.learning_rate, or look at the rows of its batch "
                 f"(keys {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''})"
             )
-        self._note(step, loss, kd if self.with_targets else None, ce, int(num_items_in_batch))
-        return outputs["loss"] * self.accelerator.num_processes  # DDP averages gradients; shares must add up
-
-    def _note(self, step: int, loss: float, kd: float | None, ce: float, tokens: int) -> None:
-        """Add a point, or, under gradient accumulation, another part of the step's point."""
-        if self.curve and self.curve[-1].step == step:
-            before = self.curve.pop()
-            loss, ce = loss + before.loss, ce + before.ce
-            kd = None if kd is None or before.kd is None else kd + before.kd
-        self.curve.append(CurvePoint(step, loss, kd, ce, tokens, float(self._get_learning_rate())))
+        known = kd if self.with_targets else None
+        self.curve.append(CurvePoint(step, loss, known, ce, inputs["positions"], float(self._get_learning_rate())))
 
 
 def _the_item(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -375,12 +411,15 @@ class _Watch(TrainerCallback):
         note = f"loss {self._trainer.curve[-1].loss:.4f}"
         if self._validation and step in ends:
             with_targets = self._trainer.with_targets
-            batches = (collate([self._validation[i] for i in batch], with_targets) for batch in self._plan)
+            passes = self._trainer.passes
+            parts = [part for batch in self._plan for part in passes.of([self._validation[i] for i in batch])]
+            batches = (collate(part, with_targets, passes.packed) for part in parts)
             kd, ce = mean_losses(self._trainer.module, batches)
             self._trainer.validation.append(
                 ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce)
             )
             note += f", validation {kd if with_targets else ce:.4f}"
+        note += self._trainer.passes.note
         if self._trainer.trouble:
             note += f", no checkpoint: {self._trainer.trouble}"
         self._on_progress(Progress(self._name, step, state.max_steps, "steps", self._trainer.seconds, note))

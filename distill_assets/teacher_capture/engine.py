@@ -6,7 +6,6 @@ K = most ids kept, S = draws at a position.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill_assets.dataset_shards.encode import EncodedRow, supervised_positions
-from distill_assets.foundation.devices import is_out_of_memory
+from distill_assets.foundation.devices import free_memory, is_out_of_memory
 from distill_assets.foundation.errors import CaptureError, OutOfMemory
 from distill_assets.foundation.language_model import head_rows, hidden_states, is_plain
 from distill_assets.foundation.settings import TargetSettings
@@ -102,9 +101,7 @@ def _within_memory(teacher: Teacher, rows: Sequence[EncodedRow], work: Callable[
         if not is_out_of_memory(error):
             raise
     # Outside the except block: the error's traceback holds on to every tensor of the batch.
-    gc.collect()
-    if teacher.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     longest = max(len(row.input_ids) for row in rows)
     raise OutOfMemory(
         f"{teacher.device} has no memory left for a forward pass of {len(rows)} x {longest} tokens; "

@@ -5,7 +5,6 @@ Legend: N = chosen positions, K = most ids kept, S = tail samples.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill_assets.foundation.devices import Turn, cuda_choices, fits_one, resolve_device
+from distill_assets.foundation.devices import Turn, cuda_choices, fits_one, free_memory, resolve_device
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.language_model import head_width, load_model
 from distill_assets.foundation.model_folders import Weights
@@ -61,9 +60,7 @@ def release_teacher() -> None:
     """Forget the loaded teacher and give its device back: a student needs the room."""
     if load_teacher.cache_info().currsize:
         load_teacher.cache_clear()
-        gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        free_memory()
     _turn.give_back()
 
 

@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -25,6 +27,7 @@ from distill_assets.foundation.language_model import (
     head_logits,
     head_width,
     hidden_states,
+    keeps_packed_rows_apart,
     load_model,
     real_logits,
     verify_split,
@@ -111,6 +114,24 @@ def test_padding_on_the_right_changes_no_real_position(teacher_folder: Path) -> 
     with torch.no_grad():
         alone, beside = hidden_states(model, row[None]), hidden_states(model, padded[None])
     torch.testing.assert_close(beside[:, :9], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_have_the_hidden_states_they_have_alone(attention: str) -> None:
+    model = random_model("cohere")
+    model.set_attn_implementation(attention)
+    rows = [torch.arange(3, 3 + n) for n in (7, 2, 11)]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    with torch.no_grad():
+        packed = hidden_states(model, torch.cat(rows)[None], positions[None])
+        alone = torch.cat([hidden_states(model, row[None]) for row in rows], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    assert keeps_packed_rows_apart(model) and model.training
+
+
+def test_a_model_that_looks_back_by_other_means_than_attention_mixes_packed_rows() -> None:
+    config = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
+    assert not keeps_packed_rows_apart(Lfm2ForCausalLM(config))
 
 
 def test_a_padded_head_is_cut_to_real_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

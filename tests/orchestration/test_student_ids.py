@@ -6,9 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import dagster as dg
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
+from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.students import StudentSide
 from distill_assets.teacher_capture.capture import capture_shard
@@ -122,3 +127,22 @@ def test_what_was_chosen_is_remembered_and_asked_again_only_when_something_chang
     remember(root, WRONG)
     os.utime(next((root / "captures").glob("*/s1@*.parquet")))
     assert ids(root) == right
+
+
+def test_how_a_student_is_trained_changes_its_rounding_and_never_its_id(root: Path) -> None:
+    def trained(**how: object) -> dict[str, torch.Tensor]:
+        with open_instance(Home(root)) as instance:
+            defs.resolve_implicit_global_asset_job_def().execute_in_process(
+                instance=instance,
+                asset_selection=[dg.AssetKey("student_model")],
+                run_config={
+                    "ops": {"student_model": {"config": {"device": "cpu", "force": True, **how}}},
+                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                },
+            )
+        [folder] = (root / "students").iterdir()
+        return load_file(folder / "model.safetensors")
+
+    whole, passes = trained(), trained(pass_tokens=48, gradient_checkpointing=True)
+    assert any((whole[name] != passes[name]).any() for name in whole)
+    torch.testing.assert_close(passes, whole, rtol=1e-3, atol=1e-4)

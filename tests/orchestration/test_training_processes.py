@@ -44,7 +44,7 @@ def test_two_processes_train_the_student_that_one_does(root: Path, tmp_path: Pat
     """Shares of batches add up, batches of an odd number of rows included; the first process saves and tells."""
     students = StudentSide(Pipeline(Home(root)))
     seen: list[Progress] = []
-    students.train("student", device="cpu", force=True, processes=2, on_progress=seen.append)
+    students.train("student", device="cpu", force=True, processes=2, pass_tokens=80, on_progress=seen.append)
     together = read_student(students.folder("student")).report
     students.train("student", device="cpu", force=True)
     alone = read_student(students.folder("student")).report
@@ -86,7 +86,7 @@ def test_processes_end_with_the_one_that_called_them(root: Path) -> None:
 def test_what_a_process_raises_is_raised_here(root: Path, tmp_path: Path) -> None:
     with pytest.raises(StaleInputs, match="changed while the student was about to be trained"):
         train_in_processes(
-            Home(root), "student", "0" * 16, tmp_path, processes=2, device="cpu", on_progress=lambda p: None
+            Home(root), "student", "0" * 16, tmp_path, processes=2, device="cpu", how={}, on_progress=lambda p: None
         )
 
 

@@ -73,6 +73,17 @@ def test_a_position_counts_its_own_weight_times_its_rows() -> None:
     assert collate([weighted, short], with_targets=False)["weight_N"].tolist() == [1.0, 6.0, 1.0]
 
 
+def test_packed_rows_stand_one_after_another_and_their_positions_begin_anew() -> None:
+    long = row_of([5, 6, 7, 8], [1, 2], [{7: 0.6, 1: 0.2}, {8: 0.9}], [0.2, 0.1])
+    short = row_of([3, 4], [0], [{4: 0.9}], [0.1])
+    padded, packed = (collate([short, long, short], with_targets=True, packed=p) for p in (False, True))
+    assert packed["ids_BT"].tolist() == [[3, 4, 5, 6, 7, 8, 3, 4]]
+    assert packed["positions_BT"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
+    assert packed["labels"].tolist() == [[4, IGNORED, IGNORED, 7, 8, IGNORED, 4, IGNORED]]
+    assert packed.keys() - padded.keys() == {"positions_BT"}
+    assert all(torch.equal(packed[name], padded[name]) for name in padded.keys() - {"ids_BT", "labels"})
+
+
 def test_the_control_sees_the_same_rows_without_targets() -> None:
     row = row_of([5, 6, 7], [0, 1], [{6: 0.9}, {7: 0.9}], [0.1, 0.1])
     student, control = collate([row], with_targets=True), collate([row], with_targets=False)
@@ -81,9 +92,10 @@ def test_the_control_sees_the_same_rows_without_targets() -> None:
 
 
 def test_no_rows_collate_to_padding_that_trains_nothing() -> None:
-    batch = collate([], with_targets=True)
-    assert batch["ids_BT"].tolist() == [[0]] and batch["labels"].tolist() == [[IGNORED]]
-    assert batch["weight_N"].shape == (0,) and batch["support_ids_NK"].shape == (0, 1)
+    for packed in (False, True):
+        batch = collate([], with_targets=True, packed=packed)
+        assert batch["ids_BT"].tolist() == [[0]] and batch["labels"].tolist() == [[IGNORED]]
+        assert batch["weight_N"].shape == (0,) and batch["support_ids_NK"].shape == (0, 1)
 
 
 def test_weights_take_the_place_of_the_tail_and_samples_stand_beside_it() -> None:

@@ -153,7 +153,7 @@ def test_half_precision_rounds_products_and_nothing_else(autocast: bool, device:
     dense = as_float64(*given)
     expected = dense_head_loss(*dense, 64, UNUSED, targets, mixture)
     expected.backward()
-    assert relative_error(loss, expected) < 2e-3
+    assert relative_error(loss, expected) < 5e-4
     for ours, oracle in zip(trained(*given), trained(*dense), strict=True):
         assert ours.grad.dtype == ours.dtype
         assert relative_error(ours.grad, oracle.grad) < 1e-2

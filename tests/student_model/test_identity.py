@@ -45,6 +45,7 @@ EVERYTHING = [
     {"training": TrainingSettings(seed=1)},
     {"training": TrainingSettings(learning_rate=1e-3)},
     {"training": TrainingSettings(epochs=2)},
+    {"training": TrainingSettings(precision="bfloat16")},
     {"initial_weights": "x"},
     {"vocabulary": StudentVocabulary(100)},
     {"tokenizer": "u"},

@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.model_folders import ModelFolder
@@ -26,6 +32,7 @@ from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.initial import initial_student
 from distill_assets.student_model.losses import LossMixture
 from distill_assets.student_model.module import DistillationModule
+from distill_assets.student_model.passes import Passes
 from distill_assets.student_model.saving import StudentReport, StudentSpec, UsedCapture, read_student
 from distill_assets.student_model.training import (
     DistillationTrainer,
@@ -215,25 +222,74 @@ def test_epochs_of_different_sizes_end_where_their_rows_do(
     assert len(set(wanted)) > 1
 
 
-def test_two_accumulated_batches_are_one_step_over_both(
+class _Gradients(TrainerCallback):
+    """Those of the first step, as the optimiser gets them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.found = model, list[torch.Tensor]()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.found = self.found or [
+            weight.grad.clone() for weight in self.model.parameters() if weight.grad is not None
+        ]
+
+
+def test_passes_of_any_size_padded_or_packed_have_the_gradients_of_the_whole_step(
     teacher: ModelFolder, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
-    def trained(plan: list[list[int]], accumulation: int) -> DistillationTrainer:
-        module = DistillationModule(fresh(teacher), StudentVocabulary(320), LossMixture(kd_weight=0.9))
-        arguments = training_arguments(spec_of().training, 1, torch.device("cpu"), tmp_path)
-        arguments.gradient_accumulation_steps = accumulation
-        trainer = DistillationTrainer(module, arguments, rows, plan, [len(rows)], with_targets=True)
-        trainer.train()
-        return trainer
+    """In float64, so that only another normalisation would show: passes have 1 to 10 rows of different lengths."""
+    plan = [list(range(10))]
 
-    whole = trained([list(range(10))], 1)
-    halves = trained([[0, 1, 2], [3, 4, 5, 6, 7, 8, 9]], 2)
-    (one,), (two,) = whole.curve, halves.curve
-    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.tokens == one.tokens
-    for a, b in zip(whole.module.parameters(), halves.module.parameters(), strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=1e-4, atol=1e-4
-        )  # AdamW's first step is about the rate, whatever the size
+    def trained(tokens: int, packed: bool) -> tuple[DistillationTrainer, list[torch.Tensor]]:
+        model = fresh(teacher).double()
+        module = DistillationModule(model, StudentVocabulary(320), LossMixture(kd_weight=0.9))
+        arguments = training_arguments(spec_of(max_grad_norm=1e9).training, 1, torch.device("cpu"), tmp_path)
+        trainer = DistillationTrainer(module, arguments, rows, plan, [len(rows)], True, Passes(model, tokens, packed))
+        gradients = _Gradients(model)
+        trainer.add_callback(gradients)
+        trainer.train()
+        return trainer, gradients.found
+
+    whole, expected = trained(10_000, packed=False)
+    for tokens, packed in ((160, False), (1, False), (160, True), (1, True)):
+        parts, found = trained(tokens, packed)
+        assert len(parts.passes.of(rows)) > 2
+        assert parts.curve == [
+            replace(whole.curve[0], **{n: pytest.approx(v) for n, v in asdict(whole.curve[0]).items()})
+        ]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_training_goes_on_with_passes_of_the_size_it_came_to(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    under_way: dict[str, Any] = {"under_way": tmp_path / "under_way", "checkpoint_seconds": 0.0}
+    small: dict[str, Any] = {"pass_tokens": 80, "gradient_checkpointing": True}
+    train_three_epochs(teacher, tokenizer, rows, tmp_path / "whole passes")
+    train_three_epochs(teacher, tokenizer, rows, tmp_path / "undisturbed", **small)
+    with pytest.raises(KeyboardInterrupt):
+        train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", **small, **under_way, on_progress=stop)
+    train_three_epochs(teacher, tokenizer, rows, tmp_path / "x", **under_way)
+    assert weights(tmp_path / "x") == weights(tmp_path / "undisturbed") != weights(tmp_path / "whole passes")
+
+
+def test_a_student_trained_in_bfloat16_is_saved_in_float32_with_what_small_steps_added_up_to(
+    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    report = train_student(
+        spec_of(epochs=8, precision="bfloat16"), start, tokenizer, rows, tmp_path / "x", validation=rows, device="cpu"
+    )
+    kds = [point.kd for point in report.validation if point.kd is not None]
+    assert kds[-1] < 0.6 * kds[0]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert saved.dtype == torch.float32
+    assert any((weight != weight.bfloat16()).any() for weight in saved.parameters())
+    assert "Arithmetic: bfloat16; weights float32" in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_the_rate_warms_up_then_falls_along_a_cosine_and_no_step_idles() -> None:
