@@ -25,7 +25,7 @@ from distill_assets.orchestration.training_processes import train_in_processes
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
 from distill_assets.student_model.checkpoints import folder_under_way
 from distill_assets.student_model.choice import Choice, choices
-from distill_assets.student_model.identity import StudentKind
+from distill_assets.student_model.identity import StudentKind, events_folder
 from distill_assets.student_model.origin import initial_weights_fingerprint
 from distill_assets.student_model.saving import StudentRecord, StudentSpec, read_student
 from distill_assets.student_model.vocabulary import StudentVocabulary, fit_rows, shared_vocabulary
@@ -85,6 +85,7 @@ class StudentSide:
                 "there is no held-out shard to measure a student on; add one whose name matches data.heldout "
                 "(heldout.jsonl by default), or name an existing shard there"
             )
+        self.pipeline.require_validation()
 
     # identities ------------------------------------------------------------------------------
 
@@ -221,6 +222,7 @@ class StudentSide:
             max_missing_mass=self.settings.tokenizer.max_missing_mass,
             device=device,
             under_way=under_way,
+            events=events_folder(self.home.tensorboard, kind, self.ids[kind]),
             on_progress=on_progress,
         )
 
@@ -285,8 +287,9 @@ class StudentSide:
             end_id=tokenizer.eos_token_id,
             on_progress=on_progress,
         )
+        reports = {kind: read_student(self.folder(kind)).report for kind in self.kinds}
         curves: dict[str, list[dict[str, Any]]] = {
-            kind: [asdict(point) for point in read_student(self.folder(kind)).report.curve] for kind in self.kinds
+            kind: [asdict(point) for point in report.curve] for kind, report in reports.items()
         }
         details = ReportDetails(
             report_id=self.report_id,
@@ -299,6 +302,7 @@ class StudentSide:
             dense=self.is_dense,
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),
+            stopping={kind: report.stopping.in_words() for kind, report in reports.items() if report.stopping},
         )
         write_report(evaluation, curves, details, tokenizer, self.report_folder)
 

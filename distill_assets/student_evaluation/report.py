@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ class Heldout:
 class ReportDetails:
     """What was compared, and whether against the whole distribution of the teacher.
 
-    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name.
+    `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name. `stopping` is
+    of each student that early stopping watched, in words.
     """
 
     report_id: str
@@ -66,6 +67,7 @@ class ReportDetails:
     dense: bool
     targets: Mapping[str, Any]
     training: Mapping[str, Any]
+    stopping: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

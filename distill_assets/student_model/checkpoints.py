@@ -14,7 +14,7 @@ from distill_assets.foundation.errors import UnreadableFile
 from distill_assets.foundation.files import remove, write_json
 from distill_assets.foundation.fingerprints import content_hash, digest
 
-CHECKPOINT = 1  # raised when what is written comes to mean something else
+CHECKPOINT = 2  # raised when what is written comes to mean something else
 CHECKPOINT_SECONDS = 300.0  # of training that a kill may cost
 _TOOLS = ("distill_assets", "torch", "transformers", "accelerate")
 _LIST = "whole.json"
