@@ -80,6 +80,11 @@ class Home:
         return self.root / ".cache" / "training"
 
     @property
+    def tensorboard(self) -> Path:
+        """Events of trainings, those under way among them."""
+        return self.root / "tensorboard"
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 
@@ -102,7 +107,15 @@ class Home:
     @property
     def kept_clean(self) -> tuple[Path, ...]:
         """Folders, besides those of captures and models, in which files are made beside and renamed."""
-        made = (self.root, self.root / ".cache", self.training, self.students, self.reports, self.comparisons)
+        made = (
+            self.root,
+            self.root / ".cache",
+            self.training,
+            self.tensorboard,
+            self.students,
+            self.reports,
+            self.comparisons,
+        )
         return tuple(folder for folder in made if not folder.is_symlink())
 
     def sweep(self) -> list[Path]:
@@ -111,6 +124,7 @@ class Home:
             self.root,
             self.root / ".cache",
             self.training,
+            self.tensorboard,
             self.models,
             self.students,
             self.reports,

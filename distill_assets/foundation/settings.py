@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -32,6 +32,7 @@ Objective = Literal["forward_kl", "reverse_kl", "jsd", "renormalized"]
 Precision = Literal["float32", "bfloat16"]
 _YAML_TEXT_FLOAT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")  # 2e-4: a number everywhere but in YAML 1.1
 NonEmpty = Annotated[str, Field(min_length=1)]
+ALL_LINEAR = "all-linear"
 
 
 class Spec(BaseModel):
@@ -191,8 +192,21 @@ class TargetSettings(Spec):
         return values
 
 
+class LoraSettings(Spec):
+    """Adapters that are trained in the place of the weights they stand beside."""
+
+    rank: int = Field(16, ge=1, description="width of an adapter")
+    alpha: float = Field(32.0, gt=0.0, description="an adapter counts alpha / rank")
+    targets: list[NonEmpty] = Field(
+        default_factory=lambda: [ALL_LINEAR],
+        min_length=1,
+        description="names of linear layers, such as q_proj; all-linear: all of the body. Never the head",
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of what goes into an adapter, while it is trained")
+
+
 class TrainingSettings(Spec):
-    """How the student learns. All of it is part of the student's identity."""
+    """How the student learns. What changes its weights is part of the student's identity."""
 
     where: NonEmpty | None = Field(
         None,
@@ -231,7 +245,20 @@ class TrainingSettings(Spec):
         "float32",
     )
     freeze_embeddings: bool = Field(False, description="keep input embeddings (and a tied head) as they start")
-    seed: int = Field(0, ge=0, description="seed of the row order and of random initial weights")
+    lora: LoraSettings | None = Field(
+        None,
+        description="train adapters alone, which are merged into the weights at the end: {rank: 16, alpha: 32.0, "
+        "targets: [all-linear], dropout: 0.0}",
+    )
+    validate_every: int | None = Field(
+        None, ge=1, description="steps between two looks at the validation rows; without it, after each epoch"
+    )
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        description="looks without a better validation loss before training stops; the best weights are kept",
+    )
+    seed: int = Field(0, ge=0, description="seed of the row order and of random weights")
 
     @field_validator("temperature")
     @classmethod
@@ -239,6 +266,12 @@ class TrainingSettings(Spec):
         if value != 1.0 and (objective := info.data.get("objective", "forward_kl")) != "forward_kl":
             raise ValueError(f"belongs to objective forward_kl, and objective is {objective}; remove it")
         return value
+
+    @property
+    def needs_validation(self) -> str | None:
+        """Of the settings that are given, one that means nothing without validation rows."""
+        given = (name for name in ("early_stopping", "validate_every") if getattr(self, name) is not None)
+        return next(given, None)
 
     def effective(self, targets: TargetSettings) -> dict[str, Any]:
         """The settings that make a difference to a student of these targets."""
@@ -251,6 +284,9 @@ class TrainingSettings(Spec):
             without.add("mixture")
         if self.precision == "float32":
             without.add("precision")
+        without.add("lora" if self.lora is None else "freeze_embeddings")  # adapters leave embeddings as they are
+        if self.early_stopping is None:  # else looking at the validation rows changes nothing
+            without |= {"early_stopping", "validate_every"}
         return self.model_dump(exclude=without)
 
 
@@ -299,6 +335,14 @@ class Settings(Spec):
                 f"tail samples belong to objective forward_kl, and objective is {training.objective}; "
                 "set tail_sample_weight: 0.0"
             )
+        return training
+
+    @field_validator("training")
+    @classmethod
+    def _has_what_it_looks_at(cls, training: TrainingSettings, info: ValidationInfo) -> TrainingSettings:
+        data = info.data.get("data")
+        if (needs := training.needs_validation) and data is not None and not data.validation:
+            raise ValueError(f"{needs} needs validation rows; name shards for them in data.validation, or remove it")
         return training
 
 
@@ -365,10 +409,16 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Settings
     for part in location:
         field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        sections = [kind for kind in _kinds(field.annotation if field else None) if issubclass(kind, BaseModel)]
+        if not sections:
             break
-        model = field.annotation
+        [model] = sections
     return list(model.model_fields)
+
+
+def _kinds(annotation: Any) -> list[type]:
+    """The classes of an annotation: of `Section | None` two."""
+    return [kind for kind in (get_args(annotation) or (annotation,)) if isinstance(kind, type)]
 
 
 def _explain(problem: Any, tree: yaml.Node | None, file: Path) -> str:

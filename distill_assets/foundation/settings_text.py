@@ -62,6 +62,7 @@ def _entry(name: str, value: Any, field: FieldInfo) -> str:
 
 def _flow(value: Any) -> str:
     """A value as YAML on one line; an inline list takes scalars, lists and mappings alike."""
+    value = value.model_dump() if isinstance(value, Spec) else value
     return yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)[1:-2]
 
 

@@ -23,13 +23,14 @@ from distill_assets.orchestration.instance import close_dead_runs, open_instance
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import AssetStates
 from distill_assets.student_model.checkpoints import student_under_way
+from distill_assets.student_model.identity import student_of_events
 from distill_assets.teacher_capture.contents import Item, Needs, contents, is_ours
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing that goes: a capture, unfinished chunks, a failure record, a leftover, a student, the checkpoints of
-    one, a report, a comparison, or a folder that is empty then.
+    """One thing that goes: a capture, unfinished chunks, a failure record, a leftover, a student, the checkpoints or
+    TensorBoard events of one, a report, a comparison, or a folder that is empty then.
     """
 
     kind: str
@@ -168,6 +169,8 @@ def _students_and_reports(pipeline: Pipeline, kept: list[str]) -> Iterator[Remov
             ours = is_ours(folder.name) and folder.is_dir() and not folder.is_symlink()
             if ours and folder.name not in names:
                 yield Removal(root.name.removesuffix("s"), folder, size_of(folder))
+    if not _is_link(home.tensorboard, kept):
+        yield from _events(home.tensorboard, current[home.students])
 
 
 def _checkpoints(root: Path, awaited: Collection[str]) -> Iterator[Removal]:
@@ -176,6 +179,14 @@ def _checkpoints(root: Path, awaited: Collection[str]) -> Iterator[Removal]:
         student = student_under_way(path.name)
         if is_ours(student) and student not in awaited and not path.is_symlink():
             yield Removal("checkpoints", path, size_of(path))
+
+
+def _events(root: Path, wanted: Collection[str]) -> Iterator[Removal]:
+    """What TensorBoard shows of students that nobody wants any more, and that are gone or go."""
+    for path in sorted(root.glob("*")):
+        student = student_of_events(path.name)
+        if is_ours(student) and student not in wanted and not path.is_symlink():
+            yield Removal("events", path, size_of(path))
 
 
 def _is_link(folder: Path, kept: list[str]) -> bool:

@@ -227,6 +227,11 @@ def of_student(record: StudentRecord, folder: Path, written: bool) -> Metadata:
         "summary": dg.MetadataValue.md(summaries.of_student(record)),
         "folder": dg.MetadataValue.path(folder),
     }
+    if stopping := report.stopping:
+        values["early stopping"] = stopping.in_words()
+        values["step kept"] = stopping.kept_step
+    if report.validation:
+        values[f"validation {record.spec.judged_by}"] = round(report.validation[-1].loss, 4)
     if written:
         values["seconds"] = round(report.seconds, 2)
         values["tokens per second"] = round(report.supervised_tokens / report.seconds, 1)

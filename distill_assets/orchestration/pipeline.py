@@ -18,7 +18,7 @@ from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, 
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
 from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
 from distill_assets.dataset_shards.sample import sample_texts
-from distill_assets.foundation.errors import CaptureError, PinnedCapture, StaleInputs
+from distill_assets.foundation.errors import CaptureError, PinnedCapture, SettingsError, StaleInputs
 from distill_assets.foundation.files import write_json
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
@@ -109,6 +109,18 @@ class Pipeline:
             require_layers(self.spec.teacher, layers)
         if where := self.settings.training.where:
             require_predicate(where)
+
+    def require_validation(self) -> None:
+        """SettingsError for a training that is to be judged by validation rows where no shard has any. Which shards
+        there are is not known while a file cannot be used.
+        """
+        needs, data = self.settings.training.needs_validation, self.settings.data
+        roles = {shard.role for shard in self.discovery.shards}
+        if needs and roles and "validation" not in roles and not self.discovery.problems:
+            raise SettingsError(
+                f"training.{needs} needs validation rows, and no shard matches data.validation "
+                f"({', '.join(data.validation)}); add one, or mend the pattern"
+            )
 
     def require_usable_pair(self) -> None:
         """The guard in front of capture and training, whichever way they are started: a student that can
@@ -216,6 +228,7 @@ class Pipeline:
     def plan(self) -> CapturePlan:
         """What a run would capture, and why. An impossible student is refused before the teacher is paid for."""
         self.require_possible_student()
+        self.require_validation()
         catalogued = read_meta(self.home.catalog)
         return plan_capture(self.spec, self.discovery, self.store, catalogued[1] if catalogued else ())
 

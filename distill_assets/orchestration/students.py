@@ -26,7 +26,7 @@ from distill_assets.orchestration.training_processes import train_in_processes
 from distill_assets.student_evaluation.identity import HTML_FILE, JSON_FILE, ROWS_FILE, SUMMARY_FILE, report_id
 from distill_assets.student_model.checkpoints import folder_under_way
 from distill_assets.student_model.choice import Choice, choices
-from distill_assets.student_model.identity import StudentKind
+from distill_assets.student_model.identity import StudentKind, events_folder
 from distill_assets.student_model.origin import initial_weights_fingerprint
 from distill_assets.student_model.saving import StudentRecord, StudentReport, StudentSpec, read_student
 from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary, fit_rows, shared_vocabulary
@@ -89,6 +89,7 @@ class StudentSide:
                 "there is no held-out shard to measure a student on; add one whose name matches data.heldout "
                 "(heldout.jsonl by default), or name an existing shard there"
             )
+        self.pipeline.require_validation()
 
     # identities ------------------------------------------------------------------------------
 
@@ -235,6 +236,7 @@ class StudentSide:
             max_missing_mass=self.settings.tokenizer.max_missing_mass,
             device=device,
             under_way=under_way,
+            events=events_folder(self.home.tensorboard, kind, self.ids[kind]),
             on_progress=on_progress,
             **how,
         )
@@ -304,13 +306,13 @@ class StudentSide:
         curves: dict[str, list[dict[str, Any]]] = {
             kind: [asdict(point) for point in report.curve] for kind, report in trained.items()
         }
-        details = self._details({shard: fit for shard, (_, fit) in fitted.items()}, trained["student"])
+        details = self._details({shard: fit for shard, (_, fit) in fitted.items()}, trained)
         write_report(evaluation, curves, details, tokenizer, self.report_folder)
 
-    def _details(self, fits: Mapping[str, FitReport], student: StudentReport) -> ReportDetails:
+    def _details(self, fits: Mapping[str, FitReport], trained: Mapping[StudentKind, StudentReport]) -> ReportDetails:
         from distill_assets.student_evaluation.report import Heldout, ReportDetails, TrainedOn
 
-        spec = self.pipeline.spec
+        spec, student = self.pipeline.spec, trained["student"]
         learnt = {row.key for e in self._entries("train") for row in read_row_keys(e.capture.path)}
         heldout = tuple(
             Heldout(
@@ -338,6 +340,7 @@ class StudentSide:
             targets=spec.targets.identity,
             training=self.settings.training.effective(spec.targets),
             trained_on=TrainedOn(student.rows, student.supervised_tokens, student.steps),
+            stopping={kind: report.stopping.in_words() for kind, report in trained.items() if report.stopping},
         )
 
     # what was found --------------------------------------------------------------------------

@@ -53,18 +53,10 @@ def train_in_processes(
     require_devices(device, processes)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     words += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    words += [
-        "--dynamo_backend",
-        "no",
-        "-m",
-        __name__,
-        str(home.root),
-        kind,
-        student_id,
-        str(under_way),
-        json.dumps(how),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu").lower(), "DISTILL_HOME": str(home.root)}
+    words += ["--dynamo_backend", "no", "-m", __name__]
+    words += [str(home.root), kind, student_id, str(under_way), json.dumps(how)]
+    on_cpu = resolve_device(device).type == "cpu"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": str(on_cpu).lower(), "DISTILL_HOME": str(home.root)}
     with tempfile.TemporaryFile("w+", errors="replace") as said, _ended_with_us(words, environment, said) as process:
         failure = _listen(process, on_progress)
         code = process.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class ReportDetails:
 
     `teacher_weights` is their fingerprint. `targets` and `training` are shown as they are, name by name; `supervise`
     and `max_length` are those of the data, `n_ids` how many ids teacher and student share.
+    `stopping` is of each student that early stopping watched, in words.
     """
 
     report_id: str
@@ -87,6 +88,7 @@ class ReportDetails:
     targets: Mapping[str, Any]
     training: Mapping[str, Any]
     trained_on: TrainedOn
+    stopping: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows_trained_on(self) -> int:

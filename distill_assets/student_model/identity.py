@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Literal, Protocol
 
 from distill_assets.foundation.fingerprints import digest
@@ -73,3 +74,13 @@ def _learnt(row: WeightedRow) -> list[str | float]:
     """A row as it makes a difference to the student; what says nothing is left out, so that ids stay as they were."""
     plain = row.passes == 1 and not row.weighting
     return [row.key, row.weight] if plain else [row.key, row.weight, row.passes, row.weighting]
+
+
+def events_folder(root: Path, kind: StudentKind, student_id: str) -> Path:
+    """Where below `root` the TensorBoard events of a student's training lie, under a name that says what it is."""
+    return root / f"{kind}-{student_id}"
+
+
+def student_of_events(name: str) -> str:
+    """The student that a folder below that root belongs to."""
+    return name.partition("-")[2]

@@ -69,7 +69,7 @@ class Passes:
                 "lower data.max_length, set training.precision: bfloat16, take a smaller student, or a device with more"
             )
         recomputed = ", layers computed twice" if self._model.is_activation_checkpointing else ""
-        self.note = f", memory ran out: {self.tokens:,} tokens a pass{recomputed}"
+        self.note = f"memory ran out: {self.tokens:,} tokens a pass{recomputed}"
 
     def _recompute(self) -> bool:
         """Have layers recomputed; False where they are already, or cannot be."""

@@ -23,7 +23,10 @@ from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from distill_assets.student_model.lora import Adapters
+
 RECORD_FILE = "distillation.json"
+ADAPTER = "adapter"  # a folder of its own: beside config.json transformers would take it for what to load
 _TOOLS = ("distill_assets", "torch", "transformers", "accelerate")
 
 
@@ -57,6 +60,20 @@ class StudentSpec:
     accepted_differences: tuple[str, ...] = ()
     targets: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def judged_by(self) -> str:
+        """What the loss on validation rows is called: a divergence where it is one."""
+        if self.kind == "control":
+            return "cross-entropy"
+        if self.has_drawn_targets or self.training.temperature != 1.0:
+            return "loss"
+        return {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}.get(self.training.objective, "loss")
+
+    @property
+    def has_drawn_targets(self) -> bool:
+        """Drawn ones give the gradient of a divergence, but not its value."""
+        return bool(self.targets.get("kind", "top_k") != "top_k")
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -72,12 +89,36 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ValidationPoint:
-    """Mean losses on the validation rows after an epoch, nats a position; `kd` is None for a control."""
+    """Mean losses on the validation rows after a step of an epoch, nats a position; `kd` is None for a control."""
 
     epoch: int
     step: int
     kd: float | None
     ce: float
+
+    @property
+    def loss(self) -> float:
+        """What early stopping goes by: what is distilled, without the tokens that came; of a control those."""
+        return self.ce if self.kd is None else self.kd
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What early stopping came to: the weights are those after `kept_step`, which had the lowest validation loss."""
+
+    planned_steps: int
+    made_steps: int
+    kept_step: int
+    kept_loss: float
+    judged_by: str
+
+    def in_words(self) -> str:
+        stopped = self.made_steps < self.planned_steps
+        end = f"stopped early, after {self.made_steps}" if stopped else "not stopped early, after all"
+        return (
+            f"{end} of {self.planned_steps} steps; kept are the weights after step {self.kept_step}, with the lowest "
+            f"validation {self.judged_by}, {self.kept_loss:.4f} nats"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +134,7 @@ class StudentReport:
     fit: FitReport
     curve: tuple[CurvePoint, ...]
     validation: tuple[ValidationPoint, ...]
+    stopping: Stopping | None = None  # with early stopping only
 
     @property
     def final_loss(self) -> float:
@@ -114,16 +156,27 @@ _RECORD = TypeAdapter(StudentRecord)
 
 
 def save_student(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: StudentSpec, report: StudentReport
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: StudentSpec,
+    report: StudentReport,
+    adapters: Adapters | None = None,
 ) -> None:
-    """Write weights, tokenizer, record and model card to `folder`; an interrupt leaves what was there."""
+    """Write weights, tokenizer, record and model card to `folder`; an interrupt leaves what was there.
+
+    Adapters, which are merged already, lie beside where the model they were trained on can be had from elsewhere.
+    """
     tools = {name: package_version(name) for name in _TOOLS} | {"python": platform.python_version()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     with replacing_folder(folder) as beside:
         with quiet_transformers():
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-        weights = {file.name: content_hash(file) for file in sorted(beside.glob("*.safetensors"))}
+            if adapters and spec.origin.model:
+                adapters.save(beside / ADAPTER, spec.origin.model)
+        files = sorted(beside.rglob("*.safetensors"))
+        weights = {file.relative_to(beside).as_posix(): content_hash(file) for file in files}
         record = StudentRecord(spec, report, created, tools, weights)
         write_json(beside / RECORD_FILE, _RECORD.dump_python(record, mode="json"))
         write_text(beside / "README.md", _model_card(record))
@@ -149,10 +202,8 @@ def _model_card(record: StudentRecord) -> str:
     spec, report, training = record.spec, record.report, record.spec.training
     last = report.curve[-1]
     if spec.kind == "student":
-        # What was drawn gives the gradient of a divergence, but not its value.
-        by_chance = spec.targets.get("kind", "top_k") != "top_k"
         softened = "" if training.temperature == 1.0 else f" at temperature {training.temperature:g}"
-        loss = "weighted cross-entropy" if by_chance else training.objective + softened
+        loss = "weighted cross-entropy" if spec.has_drawn_targets else training.objective + softened
         goal = (
             f"{training.kd_weight:g} x {loss} against the "
             f"captured next-token distributions of {spec.teacher} + {1 - training.kd_weight:g} x cross-entropy"
@@ -177,7 +228,7 @@ Made by distill_assets {record.tools["distill_assets"]}.
 - Training: {training.epochs} epoch(s) of {report.rows} rows, {report.steps} steps of at most {training.batch_tokens}
   tokens, {report.supervised_tokens} supervised tokens in all, AdamW at {training.learning_rate:g}, seed {training.seed}
 - Arithmetic: {training.precision}; weights float32
-{_choice(training)}- Loss of the last step: {last.loss:.4f} nats a token
+{_choice(training)}{_how_it_went(report, training)}- Loss of the last step: {last.loss:.4f} nats a token
 - Tokenizer: the teacher's; differences taken on knowingly: {differences}
 - Ids the student lacks: {report.fit.mass_dropped:.2%} of the teacher's probability lay on them; left out, and with them
   {report.fit.positions_dropped} positions whose token is one
@@ -201,6 +252,18 @@ def _choice(training: TrainingSettings) -> str:
     where = f"- Rows: of the training shards those with {training.where}\n" if training.where else ""
     mixture = ", ".join(f"{pattern} {passes:g}" for pattern, passes in training.mixture.items())
     return where + (f"- Passes an epoch over shards, where not one: {mixture}\n" if mixture else "")
+
+
+def _how_it_went(report: StudentReport, training: TrainingSettings) -> str:
+    lines = []
+    if lora := training.lora:
+        lines.append(
+            f"- Adapters of rank {lora.rank} (alpha {lora.alpha:g}, dropout {lora.dropout:g}) on "
+            f"{', '.join(lora.targets)} were trained, and merged into the weights"
+        )
+    if report.stopping:
+        lines.append(f"- Early stopping: {report.stopping.in_words()}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _origin(origin: StudentSettings) -> str:

@@ -12,15 +12,15 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -38,20 +38,33 @@ from distill_assets.foundation.devices import free_memory, is_out_of_memory, res
 from distill_assets.foundation.errors import TrainingError, first_line
 from distill_assets.foundation.files import remove, write_json
 from distill_assets.foundation.language_model import head_width
-from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
+from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TrainingSettings
 from distill_assets.student_model.batches import collate, epoch_ends, plan_batches
 from distill_assets.student_model.checkpoints import CHECKPOINT_SECONDS, latest_checkpoint, mark_whole
 from distill_assets.student_model.choice import Turns
+from distill_assets.student_model.early_stopping import best_look
+from distill_assets.student_model.event_log import EventLog
+from distill_assets.student_model.failed_steps import why_not_finite
+from distill_assets.student_model.lora import Adapters
 from distill_assets.student_model.losses import LossMixture
-from distill_assets.student_model.module import DistillationModule, mean_losses
+from distill_assets.student_model.module import DistillationModule
 from distill_assets.student_model.passes import Passes, prefers_packed_rows, random_state, room_for_student
-from distill_assets.student_model.saving import CurvePoint, StudentReport, StudentSpec, ValidationPoint, save_student
+from distill_assets.student_model.processes import told_by_first
+from distill_assets.student_model.saving import (
+    CurvePoint,
+    Stopping,
+    StudentReport,
+    StudentSpec,
+    ValidationPoint,
+    save_student,
+)
 from distill_assets.student_model.vocabulary import FitReport, fit_rows
+from distill_assets.student_model.watching import Watch
+from distill_assets.student_model.weights import are_finite, put_back, trained_weights
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 
-Told = TypeVar("Told")
-_WEIGHTS, _CURVE = "model.safetensors", "curve.json"  # of a checkpoint
+_WEIGHTS, _BEST, _CURVE = "model.safetensors", "best.safetensors", "curve.json"  # of a checkpoint
 
 
 def train_student(
@@ -68,6 +81,7 @@ def train_student(
     gradient_checkpointing: bool = False,
     under_way: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    events: Path | None = None,
     on_progress: ProgressListener = ignore_progress,
 ) -> StudentReport:
     """Train `model` (an `initial_student`, changed in place) and write it to `folder` with `tokenizer`.
@@ -83,7 +97,7 @@ def train_student(
     With a folder `under_way`, which is one training's at a time, a checkpoint is left there every `checkpoint_seconds`,
     and one that was killed goes on from it, on one CPU to the same bits as undisturbed; the folder is removed once the
     student is saved. In one of several processes that accelerate launched, it trains with the others, and the first
-    saves.
+    saves. What TensorBoard shows is written to a folder `events`.
     """
     target = resolve_device(device)
     if head_width(model) < spec.vocabulary.n_real:
@@ -98,8 +112,14 @@ def train_student(
             f"lacks; tokenizer.max_missing_mass allows {max_missing_mass:.2%}: raise it, or use another student"
         )
     validation_rows, _ = _usable(validation, spec, model) if validation else ([], None)
+    if spec.training.early_stopping is not None and not validation_rows:
+        raise TrainingError(
+            f"student {spec.student_id}: training.early_stopping needs validation rows; add a shard that matches "
+            "data.validation, or remove it"
+        )
     if spec.training.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
+    adapters = Adapters(model, spec.training.lora, spec.training.seed) if spec.training.lora else None
     with_targets = spec.kind == "student"
     chosen = spec.training
     mixture = LossMixture(chosen.objective, chosen.temperature, chosen.kd_weight, chosen.tail_sample_weight)
@@ -114,38 +134,51 @@ def train_student(
         turns.of,
     )
     sizes = [len(turns.of(epoch)) for epoch in range(spec.training.epochs)]
-    with _folder_for(under_way) as checkpoints:
+    with _folder_for(under_way) as checkpoints, ExitStack() as stack:
         arguments = training_arguments(spec.training, len(plan), target, checkpoints)
         trainer = DistillationTrainer(module, arguments, train_rows, plan, sizes, with_targets, passes)
-        trainer.add_callback(
-            _Watch(trainer, f"train {spec.kind}", validation_rows, spec.training.batch_tokens, on_progress)
-        )
+        trainer.add_callback(Watch(trainer, spec, validation_rows, on_progress))
         before = None
         if under_way is not None:
             trainer.add_callback(_Checkpoints(checkpoint_seconds))
-            before = _told_by_first(latest_checkpoint(checkpoints) if trainer.is_world_process_zero() else None)
+            before = told_by_first(latest_checkpoint(checkpoints) if trainer.is_world_process_zero() else None)
+        if events is not None and trainer.is_world_process_zero():
+            trainer.add_callback(stack.enter_context(closing(EventLog(trainer, events))))
         with room_for_student(target, model.num_parameters(only_trainable=True)):
             trainer.train(resume_from_checkpoint=str(before) if before else None)
-    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+    stopping = _keep_the_best(trainer, spec, len(plan)) if spec.training.early_stopping is not None else None
+    if not are_finite(module):
         raise TrainingError(
             f"student {spec.student_id}: the last step left weights that are not finite; lower training.learning_rate"
         )
     report = StudentReport(
         rows=len(train_rows),
         validation_rows=len(validation_rows),
-        steps=len(plan),
+        steps=len(trainer.curve),
         supervised_tokens=sum(point.tokens for point in trainer.curve),
         seconds=trainer.seconds,
         device=str(target),
         fit=fit,
         curve=tuple(trainer.curve),
         validation=tuple(trainer.validation),
+        stopping=stopping,
     )
     if trainer.is_world_process_zero():
-        save_student(folder, model, tokenizer, spec, report)
+        if adapters:
+            adapters.merge()
+        save_student(folder, model, tokenizer, spec, report, adapters)
         if under_way is not None:
             remove(under_way)
     return report
+
+
+def _keep_the_best(trainer: DistillationTrainer, spec: StudentSpec, planned: int) -> Stopping:
+    """Give the module the weights of its best look."""
+    if (best := best_look([point.loss for point in trainer.validation])) is None:
+        raise TrainingError(f"student {spec.student_id}: no validation loss is a number; lower training.learning_rate")
+    put_back(trainer.module, trainer.best)
+    kept = trainer.validation[best]
+    return Stopping(planned, len(trainer.curve), kept.step, kept.loss, spec.judged_by)
 
 
 @contextmanager
@@ -253,7 +286,10 @@ class DistillationTrainer(Trainer):
         self.passes = passes
         self.curve: list[CurvePoint] = []
         self.validation: list[ValidationPoint] = []
-        self.trouble = ""  # with the last checkpoint
+        self.best: dict[str, Tensor] = {}  # trained weights of the best look at the validation rows, if one is kept
+        self.troubles: dict[str, str] = {}  # that are no reason to stop, by what has them
+        self._rows = rows
+        self._keys: dict[int, list[str]] = {}  # of the rows of this step and the one before
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     @property
@@ -268,36 +304,42 @@ class DistillationTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_the_item)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint's weights, those that are tied once, and the curve: Trainer's own way knows neither."""
+        """A checkpoint's weights, those that are trained, and the curve: Trainer's own way knows neither."""
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.module, str(folder / _WEIGHTS))
+        save_file(trained_weights(self.module), folder / _WEIGHTS)
+        if self.best:
+            save_file(self.best, folder / _BEST)
         told = {"curve": list(map(asdict, self.curve)), "validation": list(map(asdict, self.validation))}
         write_json(folder / _CURVE, {**told, "seconds": self.seconds, "pass_tokens": self.passes.tokens})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, marked whole at its end, when every process has written its part. That one cannot be written
-        is no reason to stop.
+        is no reason to stop. None of weights that are not finite: the one before it is worth going on from.
         """
+        if not are_finite(self.module):
+            return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         trouble = ""
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             trouble = first_line(error)
-        self.trouble = next(filter(None, gather_object([trouble])), "")
+        trouble = next(filter(None, gather_object([trouble])), "")
         if self.is_world_process_zero():
             try:
-                if not self.trouble:
+                if not trouble:
                     mark_whole(folder)
             except OSError as error:
-                self.trouble = first_line(error)
-            if self.trouble:
+                trouble = first_line(error)
+            if trouble:
                 remove(folder)
+        self.troubles["checkpoint"] = trouble and f"no checkpoint: {trouble}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_model(self.module, folder / _WEIGHTS)
+        put_back(self.module, load_file(folder / _WEIGHTS))
+        self.best = load_file(folder / _BEST) if (folder / _BEST).exists() else {}
         told = json.loads((folder / _CURVE).read_text(encoding="utf-8"))
         self.curve = [CurvePoint(**point) for point in told["curve"]]
         self.validation = [ValidationPoint(**point) for point in told["validation"]]
@@ -353,26 +395,30 @@ class DistillationTrainer(Trainer):
 
     def _note(self, loss: float, kd: float, ce: float, inputs: dict[str, Any]) -> None:
         """Add a point to the curve; TrainingError where the loss is no number."""
-        step, keys = self.state.global_step + 1, inputs["keys"]
+        step = self.state.global_step + 1
+        self._keys = {step - 1: self._keys.get(step - 1, []), step: inputs["keys"]}
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step} is {loss}; lower training.learning_rate, or look at the rows of its batch "
-                f"(keys {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''})"
-            )
+            self._stop(step, loss)
         known = kd if self.with_targets else None
         self.curve.append(CurvePoint(step, loss, known, ce, inputs["positions"], float(self._get_learning_rate())))
+
+    def _stop(self, step: int, loss: float) -> NoReturn:
+        """TrainingError that says why, and what a training that is started again goes on from."""
+        rows = [row for row in self._rows if row.key in self._keys[step]]
+        said = f"the loss of step {step} is {loss}: " + why_not_finite(
+            self.module, rows, self._keys[step - 1], self.with_targets
+        )
+        first = self.is_world_process_zero()
+        if kept := told_by_first(latest_checkpoint(Path(str(self.args.output_dir))) if first else None):
+            said += (
+                f"\nthe checkpoint of step {kept.name.partition('-')[2]} is kept; the same training goes on from there"
+            )
+        raise TrainingError(said)
 
 
 def _the_item(items: list[dict[str, Any]]) -> dict[str, Any]:
     [item] = items
     return item
-
-
-def _told_by_first(value: Told) -> Told:
-    """What the first of the training processes says; where there is one, its own."""
-    told = [value]
-    broadcast_object_list(told)
-    return told[0]
 
 
 class _Checkpoints(TrainerCallback):
@@ -385,41 +431,6 @@ class _Checkpoints(TrainerCallback):
         self._seconds, self._last = seconds, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        is_due = _told_by_first(time.monotonic() - self._last >= self._seconds)
-        if is_due and state.global_step < state.max_steps:
+        is_due = told_by_first(time.monotonic() - self._last >= self._seconds)
+        if is_due and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_save, self._last = True, time.monotonic()
-
-
-class _Watch(TrainerCallback):
-    """Reports every step and evaluates the validation rows after each epoch."""
-
-    def __init__(
-        self,
-        trainer: DistillationTrainer,
-        name: str,
-        validation: Sequence[CapturedRow],
-        batch_tokens: int,
-        on_progress: ProgressListener,
-    ) -> None:
-        self._trainer, self._name, self._validation = trainer, name, validation
-        self._plan = plan_batches([len(row.input_ids) for row in validation], batch_tokens, epochs=1, seed=0)
-        self._on_progress = on_progress
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        step = state.global_step
-        ends = self._trainer.ends
-        note = f"loss {self._trainer.curve[-1].loss:.4f}"
-        if self._validation and step in ends:
-            with_targets = self._trainer.with_targets
-            passes = self._trainer.passes
-            parts = [part for batch in self._plan for part in passes.of([self._validation[i] for i in batch])]
-            batches = (collate(part, with_targets, passes.packed) for part in parts)
-            kd, ce = mean_losses(self._trainer.module, batches)
-            self._trainer.validation.append(
-                ValidationPoint(ends.index(step) + 1, step, kd if with_targets else None, ce)
-            )
-            note += f", validation {kd if with_targets else ce:.4f}"
-        note += self._trainer.passes.note
-        if self._trainer.trouble:
-            note += f", no checkpoint: {self._trainer.trouble}"
-        self._on_progress(Progress(self._name, step, state.max_steps, "steps", self._trainer.seconds, note))

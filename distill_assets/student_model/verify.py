@@ -14,7 +14,7 @@ from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.foundation.tokenizers import load_tokenizer
-from distill_assets.student_model.saving import RECORD_FILE, read_student
+from distill_assets.student_model.saving import ADAPTER, RECORD_FILE, read_student
 
 AGAIN = "delete the folder, then `distill run` trains it again if it is still wanted"
 
@@ -41,14 +41,14 @@ def _verify_student(folder: Path, on_file: FileListener) -> Iterator[Problem]:
         saved = ModelFolder(folder.name, folder, None)
         saved.config()
         load_tokenizer(saved)
-        files = saved.weight_files()
+        files = [*saved.weight_files(), *sorted((folder / ADAPTER).glob("*.safetensors"))]
     except (TrainingError, ModelError) as error:
         reason = str(error).partition("; ")[0]
         yield Problem("damaged", folder, f"{reason.removeprefix(f'{folder.name}: ')}; {AGAIN}")
         return
     for file in files:
         on_file(file)
-        if (found := _weights_problem(file, record.weights.get(file.name))) is not None:
+        if (found := _weights_problem(file, record.weights.get(file.relative_to(folder).as_posix()))) is not None:
             yield Problem("damaged", file, f"{found}; {AGAIN}")
 
 

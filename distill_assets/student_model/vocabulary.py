@@ -68,6 +68,8 @@ def fit_rows(
     dropped = cut = 0
     lost = 0.0
     for row in rows:
+        if not row.targets.n_positions:
+            continue
         fits = bool((row.input_ids < n_embeddings).all())
         full = int(row.targets.kept_P.max()) >= len(vocabulary)  # nothing of the student's is left for a tail
         if not fits or full or not vocabulary.has(_mentioned(row)).all():

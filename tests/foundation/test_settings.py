@@ -212,6 +212,38 @@ def test_a_loss_that_the_targets_do_not_allow_is_refused(tmp_path: Path, lines: 
 
 
 @pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (
+            "{early_stopping: 3}",
+            "training: early_stopping needs validation rows; name shards for them in data.validation, or remove it",
+        ),
+        (
+            "{validate_every: 3}",
+            "training: validate_every needs validation rows; name shards for them in data.validation, or remove it",
+        ),
+        (
+            "{lora: {rnk: 3}}",
+            "training.lora.rnk is not a setting; allowed here: rank, alpha, targets, dropout",
+        ),
+        (
+            "{lora: 16}",
+            "training.lora must be a mapping (given: 16); allowed here: rank, alpha, targets, dropout",
+        ),
+        ("{lora: {dropout: 1.0}}", "training.lora.dropout: input should be less than 1 (given: 1.0)"),
+        ("{lora: {targets: q_proj}}", "training.lora.targets: input should be a valid list (given: 'q_proj')"),
+    ],
+)
+def test_adapters_and_early_stopping_say_what_they_need(tmp_path: Path, training: str, said: str) -> None:
+    assert refusal(tmp_path, f"{SMALLEST}data: {{heldout: []}}\ntraining: {training}\n") == f"F line 4: {said}"
+    if training.startswith("{lora"):
+        return
+    file = tmp_path / "distill.yaml"
+    file.write_text(f"{SMALLEST}data: {{validation: [v]}}\ntraining: {training}\n", encoding="utf-8")
+    assert load_settings(file).training.needs_validation in training
+
+
+@pytest.mark.parametrize(
     "lines",
     [
         "training: {objective: reverse_kl}",

@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
-from distill_assets.foundation.settings import Settings, load_settings
+from distill_assets.foundation.settings import LoraSettings, Settings, TrainingSettings, load_settings
 from distill_assets.foundation.settings_text import commented_settings, init_text
 
 CASES = {
@@ -28,6 +29,16 @@ CASES = {
         "teacher": {"model": "t"},
         "student": {"model": "s"},
         "targets": {"kind": "sampled", "samples": 12, "precision": "exact"},
+    },
+    "adapters, watched": {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"validation": ["val*"]},
+        "training": {
+            "lora": {"rank": 8, "alpha": 1.0e-7, "targets": ["q_proj", "mlp.up_proj"], "dropout": 0.1},
+            "early_stopping": 3,
+            "validate_every": 100,
+        },
     },
     "a student from scratch": {
         "teacher": {"model": "t", "dtype": "float16"},
@@ -66,6 +77,11 @@ def test_choices_that_the_description_does_not_name_are_listed() -> None:
 
 def test_a_key_without_a_value_is_a_comment() -> None:
     assert "\n  # revision: null  # branch, tag or commit" in init_text("a/b", "c/d")
+
+
+def test_what_is_shown_of_adapters_is_what_they_are_by_default() -> None:
+    description = TrainingSettings.model_fields["lora"].description or ""
+    assert LoraSettings.model_validate(yaml.safe_load(description[description.index("{") :])) == LoraSettings()
 
 
 def test_settings_of_other_kinds_of_targets_are_comments() -> None:

@@ -79,6 +79,7 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
         "capture": 4,
         "folder": 1,
         "student": 2,
+        "events": 2,
         "report": 1,
         "comparison": 1,
     }
@@ -86,7 +87,7 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
     gone = before - files(home)
     assert sum(r.bytes for r in report.removed) == report.bytes > 0
     assert not old_captures.exists() and notes.read_text() == "kept" and (home.captures / "table.parquet").exists()
-    assert {name.split("/")[0] for name in gone} == {"captures", "students", "reports"}
+    assert {name.split("/")[0] for name in gone} == {"captures", "students", "tensorboard", "reports"}
     assert {"distill.yaml", "shards/s0.jsonl", "catalog.duckdb"} <= files(home)
     with duckdb.connect(home.catalog, read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM capture_history").fetchall() == [(0,)]

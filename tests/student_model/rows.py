@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,3 +83,29 @@ def row_of(
                 entropy_P=np.zeros(len(positions), np.float32),
             ),
         )
+
+
+def shifted(row: CapturedRow) -> CapturedRow:
+    """`row` with each position's target, of 8 ids, at the next position."""
+    targets = row.targets
+    return replace(
+        row,
+        targets=replace(
+            targets,
+            support_ids_N=np.roll(targets.support_ids_N, 8),
+            support_logprobs_N=np.roll(targets.support_logprobs_N, 8),
+            tail_logprob_P=np.roll(targets.tail_logprob_P, 1),
+        ),
+    )
+
+
+@torch.no_grad()
+def own_rows(model: PreTrainedModel, n: int, k: int = 8) -> list[CapturedRow]:
+    """`n` rows of what `model` itself finds likeliest, captured from it: whatever it learns, it knew these better."""
+    rows = []
+    for first in range(40, 40 + n):
+        ids = [first]
+        while len(ids) < 16:
+            ids.append(int(model.eval()(torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(captured_row(model, ids, 1, k))
+    return rows

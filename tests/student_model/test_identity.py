@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill_assets.foundation.settings import TargetSettings, TrainingSettings
+from distill_assets.foundation.settings import LoraSettings, TargetSettings, TrainingSettings
 from distill_assets.student_model.identity import student_id
 from distill_assets.student_model.vocabulary import StudentVocabulary
 
@@ -91,6 +91,28 @@ def test_a_mixture_is_in_the_id_by_what_it_comes_to() -> None:
     assert an_id(training=TrainingSettings(mixture={"s*": 0.5})) == an_id()
     rows = [Row("a", passes=0.5), Row("a"), Row("a", 2.0), Row("a", passes=2.0)]
     assert an_id(rows=rows) == an_id(rows=rows[::-1])
+
+
+LORA, STOPS = LoraSettings(), {"early_stopping": 3}
+
+
+def test_adapters_and_early_stopping_are_in_the_id_where_they_are_asked_for() -> None:
+    def ids(**training: Any) -> tuple[str, str]:
+        settings = {"training": TrainingSettings(**training)}
+        return an_id(**settings), an_id("control", **settings)
+
+    made = [
+        ids(),
+        ids(lora=LORA),
+        ids(lora=LoraSettings(rank=8)),
+        ids(lora=LoraSettings(targets=["q_proj"])),
+        ids(**STOPS),
+        ids(early_stopping=4),
+        ids(**STOPS, validate_every=10),
+    ]
+    assert len({i for pair in made for i in pair}) == 2 * len(made)
+    assert ids(validate_every=10) == ids()  # to look changes nothing
+    assert ids(lora=LORA, freeze_embeddings=True) == ids(lora=LORA)  # adapters leave embeddings as they are
 
 
 def test_students_of_plain_top_k_keep_the_id_they_always_had() -> None:

@@ -80,10 +80,10 @@ def test_without_room_passes_are_halved_then_layers_recomputed_then_it_is_an_err
     model = wide_student(16)
     passes = Passes(model, 1000)
     passes.take_less([row(40), row(30), row(20)])
-    assert passes.tokens == 60 and passes.note == ", memory ran out: 60 tokens a pass"
+    assert passes.tokens == 60 and passes.note == "memory ran out: 60 tokens a pass"
     passes.take_less([row(40)])
     assert passes.tokens == 60 and model.is_activation_checkpointing
-    assert passes.note == ", memory ran out: 60 tokens a pass, layers computed twice"
+    assert passes.note == "memory ran out: 60 tokens a pass, layers computed twice"
     with pytest.raises(TrainingError, match=r"cpu has no memory left .* a row of 40 tokens.*\nlower data.max_length"):
         passes.take_less([row(40)])
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,8 @@ from distill_assets.student_model.training import (
 from distill_assets.student_model.vocabulary import StudentVocabulary
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from tests.devices import DEVICES
-from tests.student_model.rows import captured_rows
+from tests.student_model.events import scalars
+from tests.student_model.rows import captured_row, captured_rows, own_rows, shifted
 
 ORIGIN = StudentSettings(from_teacher_layers=[0, 2])
 
@@ -101,7 +104,7 @@ def test_a_student_is_saved_whole_loads_with_transformers_and_generates(
     assert record.tools["torch"] == torch.__version__
     assert "tiny-teacher" in (folder / "README.md").read_text()
     assert [(p.done, p.total) for p in seen] == [(i + 1, report.steps) for i in range(report.steps)]
-    assert seen[-1].note == f"loss {report.final_loss:.4f}"
+    assert re.fullmatch(rf"loss {report.final_loss:.4f}, [\d,]+ supervised tokens/s", seen[-1].note)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -125,18 +128,6 @@ def test_the_curve_has_every_step_and_distillation_brings_the_student_to_the_tea
 def test_training_on_shifted_rows_does_not_bring_the_student_to_the_teacher(
     teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
-    def shifted(row: CapturedRow) -> CapturedRow:
-        targets = row.targets
-        return replace(
-            row,
-            targets=replace(
-                targets,
-                support_ids_N=np.roll(targets.support_ids_N, 8),
-                support_logprobs_N=np.roll(targets.support_logprobs_N, 8),
-                tail_logprob_P=np.roll(targets.tail_logprob_P, 1),
-            ),
-        )
-
     def reached(training_rows: Sequence[CapturedRow], name: str) -> float:
         report = train_student(
             spec_of(epochs=4, kd_weight=1.0), fresh(teacher), tokenizer, training_rows, tmp_path / name,
@@ -300,15 +291,6 @@ def test_the_rate_warms_up_then_falls_along_a_cosine_and_no_step_idles() -> None
     assert [learning_rate_share(step, 3, 3) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_row_keys_and_leaves_nothing(
-    start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
-) -> None:
-    spoilt = [replace(row, weight=float("inf")) if i == 4 else row for i, row in enumerate(rows)]
-    with pytest.raises(TrainingError, match=rf"the loss of step \d is .*keys .*{rows[4].key}"):
-        train_student(spec_of(), start, tokenizer, spoilt, tmp_path / "x", device="cpu")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_interrupt_leaves_the_old_student(
     teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
@@ -337,6 +319,46 @@ def test_rows_that_cannot_be_trained_on_are_refused(
         train_student(spec_of(n_real=400), start, tokenizer, rows, tmp_path / "x", device="cpu")
 
 
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "renormalized"])
+def test_one_kept_id_a_position_is_enough_to_learn_from(
+    teacher: ModelFolder, teacher_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path,
+    objective: str,
+) -> None:  # fmt: skip
+    rows = captured_rows(teacher_model, tokenizer, 10, k=1)
+    spec = spec_of(epochs=4, kd_weight=1.0, objective=objective)
+    report = train_student(spec, fresh(teacher), tokenizer, rows, tmp_path / "x", validation=rows, device="cpu")
+    assert 0.0 < report.validation[-1].loss < 0.9 * report.validation[0].loss
+
+
+def test_a_row_without_a_supervised_position_is_left_out_and_counted(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
+) -> None:
+    nothing = replace(rows[3], key="0" * 16, targets=rows[3].targets.at(np.zeros(rows[3].targets.n_positions, bool)))
+    plain = train_student(spec_of(), fresh(teacher), tokenizer, rows, tmp_path / "a", device="cpu")
+    report = train_student(spec_of(), fresh(teacher), tokenizer, [nothing, *rows], tmp_path / "b", device="cpu")
+    assert (report.rows, report.fit.rows_dropped) == (len(rows), 1)
+    assert report.curve == plain.curve and weights(tmp_path / "a") == weights(tmp_path / "b")
+    with pytest.raises(TrainingError, match="no row has a target token that the student knows"):
+        train_student(spec_of(), fresh(teacher), tokenizer, [nothing], tmp_path / "x", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["student", "control"])
+def test_a_batch_may_be_of_one_token(
+    teacher: ModelFolder, teacher_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path,
+    kind: StudentKind,
+) -> None:  # fmt: skip
+    """One token goes in, the next one is the only target; longer rows have batches of their own all the same."""
+    rows = [captured_row(teacher_model, [i, i + 1], 1, k=4) for i in range(40, 44)]
+    rows.append(captured_row(teacher_model, [50, 51, 52, 53], 3, k=4))
+    report = train_student(
+        spec_of(kind, batch_tokens=2, epochs=3), fresh(teacher), tokenizer, rows, tmp_path / "x", validation=rows[:1],
+        device="cpu",
+    )  # fmt: skip
+    assert report.steps == 15 and {point.tokens for point in report.curve} == {1}
+    assert report.validation[-1].loss < report.validation[0].loss
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "x").lm_head.weight).all()
+
+
 def test_a_student_that_lacks_ids_trains_and_reports_what_that_cost(
     start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path
 ) -> None:
@@ -356,7 +378,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str | None) -> None:
 
 
 UNTIL_KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 from transformers import AutoTokenizer
@@ -374,43 +396,55 @@ def listen(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 train_three_epochs(
-    teacher, tokenizer, rows, out / "x", under_way=out / "under_way", checkpoint_seconds=seconds, on_progress=listen
+    teacher, tokenizer, rows, out / "x", json.loads(sys.argv[5]), under_way=out / "under_way",
+    checkpoint_seconds=seconds, events=out / "events", on_progress=listen,
 )
 """
+# Dropout, so that random numbers must go on where they were.
+EXTRAS = {"lora": {"rank": 4, "dropout": 0.2}, "validate_every": 2, "early_stopping": 3, "learning_rate": 0.03}
 
 
 def train_three_epochs(
-    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], folder: Path, **options: Any
-) -> StudentReport:
-    start = fresh(teacher)
-    return train_student(
-        spec_of(epochs=3), start, tokenizer, rows, folder, validation=rows[:3], device="cpu", **options
-    )
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], folder: Path,
+    extras: Mapping[str, Any] = MappingProxyType({}), **options: Any,
+) -> StudentReport:  # fmt: skip
+    """With extras the validation rows are such that it stops early."""
+    validation = own_rows(fresh(teacher), 3) if extras else rows[:3]
+    spec = spec_of(**{"epochs": 3, **extras})
+    return train_student(spec, fresh(teacher), tokenizer, rows, folder, validation=validation, device="cpu", **options)
 
 
-def train_until_killed(teacher: ModelFolder, out: Path, step: int, seconds: float) -> None:
+def train_until_killed(teacher: ModelFolder, out: Path, step: int, seconds: float, extras: Mapping[str, Any]) -> None:
     words = [sys.executable, "-c", UNTIL_KILLED, str(teacher.path), str(out), str(step), str(seconds)]
+    words.append(json.dumps(extras))
     killed = subprocess.run(words, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "x").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.0, math.inf])
+@pytest.mark.parametrize(
+    ("seconds", "steps", "extras"), [(0.0, (4, 7), {}), (0.0, (3, 6), EXTRAS), (math.inf, (7,), {})]
+)
 def test_a_killed_training_goes_on_to_the_same_bits(
-    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path, seconds: float
-) -> None:
-    whole = train_three_epochs(teacher, tokenizer, rows, tmp_path / "whole")
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path, seconds: float,
+    steps: tuple[int, ...], extras: dict[str, Any],
+) -> None:  # fmt: skip
+    whole = train_three_epochs(teacher, tokenizer, rows, tmp_path / "whole", extras)
     under_way = tmp_path / "under_way"
-    for step in (4, 7):
-        train_until_killed(teacher, tmp_path, step, seconds)
+    for step in steps:
+        train_until_killed(teacher, tmp_path, step, seconds, extras)
         assert len(list(under_way.glob("checkpoint-*"))) == (seconds == 0.0)  # one, however many were written
     seen: list[int] = []
     resumed = train_three_epochs(
-        teacher, tokenizer, rows, tmp_path / "x", under_way=under_way, on_progress=lambda p: seen.append(p.done)
-    )
+        teacher, tokenizer, rows, tmp_path / "x", extras, under_way=under_way, events=tmp_path / "events",
+        on_progress=lambda p: seen.append(p.done),
+    )  # fmt: skip
+    assert resumed.stopping == whole.stopping
+    assert (whole.stopping is not None and whole.steps < whole.stopping.planned_steps) == bool(extras)
+    assert [step for step, _ in scalars(tmp_path / "events")["train/loss"]] == list(range(1, whole.steps + 1))
     assert weights(tmp_path / "x") == weights(tmp_path / "whole")
     assert (resumed.curve, resumed.validation) == (whole.curve, whole.validation)
-    assert seen[0] == (7 if seconds == 0.0 else 1) and seen[-1] == whole.steps
+    assert seen[0] == (steps[-1] if seconds == 0.0 else 1) and seen[-1] == whole.steps
     assert not under_way.exists()
 
 
