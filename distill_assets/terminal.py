@@ -451,7 +451,8 @@ def show_tokenizer_report(report: TokenizerReport) -> None:
         headings = [heading for name in names for heading in (name, "bytes")]
         table = _table(">id", *headings, title="the first id that differs")
         sides = (first.teacher, first.teacher_bytes), (first.student, first.student_bytes)
-        table.add_row(str(first.id), *(escape(text) for token, hexed in sides for text in (repr(token), hexed)))
+        told = (("none", "") if token is None else (repr(token), hexed) for token, hexed in sides)
+        table.add_row(str(first.id), *(escape(text or "") for pair in told for text in pair))
         out.print()
         out.print(table)
     if report.probe:

@@ -55,6 +55,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Where the Rust behind fast tokenizers gives up, on a damaged rule for instance, it raises no Exception."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from panic
+
+
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The tokenizer exactly as the code that encodes uses it; remote code is refused.
 
@@ -68,7 +79,7 @@ def _load_tokenizer(folder: ModelFolder, stamp: tuple[FileStamp, ...]) -> PreTra
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each backend raises its own kinds for a damaged file
         if "custom code" in str(error):

@@ -20,7 +20,7 @@ from distill_assets.tokenizer_compatibility.compare import (
 )
 from distill_assets.tokenizer_compatibility.facts import tokenizer_facts
 
-CHECK_VERSION = 2  # part of a verdict's identity: raised when a verdict would come out differently
+CHECK_VERSION = 3  # part of a verdict's identity: raised when a verdict would come out differently
 
 _reports: dict[str, TokenizerReport] = {}  # a verdict follows from its identity, so a process reaches it once
 
@@ -31,7 +31,8 @@ def configured_head_width(folder: ModelFolder) -> int | None:
 
 
 def _width(config: dict[str, Any]) -> int | None:
-    width = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    inner = config.get("text_config")
+    width = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
     return width if isinstance(width, int) else None
 
 

@@ -87,7 +87,7 @@ def _unknown(pair: Pair, name: str) -> str:
         return f"no config.json says how wide the {' and the '.join(lacking)}'s head is" if lacking else ""
     if name == "tied_heads" and None in (pair.teacher.tied, pair.student.tied):
         return "not said by both configurations"
-    if name in ("merges", "normalizer", "pre_tokenizer", "decoder", "added_tokens") and pair.rules is None:
+    if name in ("merges", "normalizer", "pre_tokenizer", "added_tokens") and pair.rules is None:
         return "in code"
     return ""
 

@@ -129,6 +129,11 @@ class Definition:
         return options
 
     @property
+    def draws(self) -> bool:
+        """Whether merges are left out at random, so that a text gets other ids each time."""
+        return bool(self.options.get("dropout"))
+
+    @property
     def has_affixes(self) -> bool:
         return bool(self.model_state.get("continuing_subword_prefix") or self.model_state.get("end_of_word_suffix"))
 
@@ -201,24 +206,31 @@ class Definition:
         """Added tokens whose text never reaches the model.
 
         Either it is always found before, and no rule can write it anew; or it has a capital, and all
-        that the model is given is in small letters.
+        that the model is given is in small letters. What the model writes anew is told by its affixes.
         """
         found: set[str] = set()
+        listed = [token for token in self.listed if not self._affixed(token["content"])]
         last = self.normalizer[-1] if self.normalizer else {"type": None}
         if last["type"] == "Lowercase" or (last["type"] == "BertNormalizer" and last["lowercase"]):
-            found |= {token["content"] for token in self.listed if re.search("[A-Z]", token["content"])}
+            found |= {token["content"] for token in listed if re.search("[A-Z]", token["content"])}
         written = [str(step.get("content") or step.get("prepend") or "") for step in self.normalizer]
         kinds = {step["type"] for step in self.normalizer}
-        if self.split_special_tokens or not kinds <= {"Prepend", "Replace"} or not all(written):
+        given_up = any(token["single_word"] for token in self.listed)  # with what lies within it
+        if self.split_special_tokens or given_up or not kinds <= {"Prepend", "Replace"} or not all(written):
             return frozenset(found)
         written += [step["replacement"] for step in self.pre_tokenizer if step["type"] == "Metaspace"]
         return frozenset(found).union(
             token["content"]
-            for token in self.listed
-            if not token["single_word"]
+            for token in listed
+            if not (token["normalized"] and "Prepend" in kinds)  # it is looked for with what is put before it
             and all("!" <= character <= "~" for character in token["content"])
             and set("".join(written)).isdisjoint(token["content"])
         )
+
+    def _affixed(self, token: str) -> bool:
+        """Whether the model may make this token of a text that reads otherwise."""
+        prefix, suffix = (self.model_state.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        return bool((prefix and token.startswith(prefix)) or (suffix and token.endswith(suffix)))
 
     def reachable(self, ignoring_merges: bool) -> Set[str]:
         """Tokens of the vocabulary that the model can answer with."""

@@ -8,67 +8,40 @@ unless they are proven to be the same in effect; under their own names they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.inserted_ids import inserted_ids
+from distill_assets.tokenizer_compatibility.chat_templates import chat_template
 from distill_assets.tokenizer_compatibility.definition import flat
 from distill_assets.tokenizer_compatibility.fingerprint import SPECIAL_ROLES, special_ids
-from distill_assets.tokenizer_compatibility.report import Difference, cut, ranges
+from distill_assets.tokenizer_compatibility.report import NO_IDS, Difference, cut, ranges
 from distill_assets.tokenizer_compatibility.sides import Pair, TokenizerSide
 
 _SHOWN = 5  # examples in one piece of evidence
-
-_ASKED = {"role": "user", "content": "What is 2 + 2?"}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-            "required": ["a", "b"],
-        },
-    },
-}
-_CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-# name -> what `apply_chat_template` is given
-_CONVERSATIONS: dict[str, dict[str, Any]] = {
-    "without a system turn": {"conversation": [_ASKED, {"role": "assistant", "content": "4"}]},
-    "with a system turn": {"conversation": [{"role": "system", "content": "Be brief."}, _ASKED]},
-    "to be answered": {"conversation": [_ASKED], "add_generation_prompt": True},
-    "of several turns": {
-        "conversation": [_ASKED, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure? "}]
-    },
-    "with tools": {"conversation": [_ASKED], "tools": [_TOOL]},
-    "with a tool's turn": {
-        "conversation": [
-            _ASKED,
-            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-            {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "4"},
-            {"role": "assistant", "content": "4"},
-        ],
-        "tools": [_TOOL],
-    },
-}
 
 
 def token_ids(pair: Pair) -> Difference | None:
     if not (first := pair.first_difference):
         return None
     examples = [
-        {"id": i, "teacher": pair.teacher.tokens[i], "student": pair.student.tokens[i]} for i in pair.conflicts[:_SHOWN]
+        {"id": i, "teacher": pair.teacher.tokens.get(i), "student": pair.student.tokens.get(i)}
+        for i in pair.conflicts[:_SHOWN]
     ]
     count = len(pair.conflicts)
-    bytes_told = ""
+    more = ""
     if first.teacher == first.student:
-        bytes_told = f": bytes {first.teacher_bytes} in the one and {first.student_bytes} in the other"
+        more = f": bytes {first.teacher_bytes} in the one and {first.student_bytes} in the other"
+    elif first.student is None and first.teacher is not None:
+        more = f", which has it as id {pair.student.vocabulary[first.teacher]}"
+    elif first.teacher is None and first.student is not None:
+        more = f"; the teacher has it as id {pair.teacher.vocabulary[first.student]}"
+    teacher, student = ("no token" if token is None else repr(token) for token in (first.teacher, first.student))
     return Difference(
         "token_ids",
         True,
-        f"id {first.id} is {first.teacher!r} in the teacher and {first.student!r} in the student{bytes_told}"
+        f"id {first.id} is {teacher} in the teacher and {student} in the student{more}"
         f" ({count} {'id differs' if count == 1 else 'ids differ'})",
         {"count": count, "first": examples},
     )
@@ -77,12 +50,16 @@ def token_ids(pair: Pair) -> Difference | None:
 def segmentation(pair: Pair) -> Difference | None:
     """The same text, other ids: shown by a text, or not ruled out by the rules."""
     rules = [{"part": part.part, "what": part.what} for part in pair.open_parts]
+    if draw := pair.draw:
+        owners = " and the ".join(f"{side}'s" for side in draw)
+        said = f"the {owners} dropout leaves out merges at random, so a text gets other ids each time"
+        return Difference("segmentation", True, said, {"text": None, "n_texts": 0, "rules": rules})
     if probe := pair.probe:
         return Difference(
             "segmentation",
             True,
-            f"the text {cut(probe.text)} becomes {cut(list(probe.teacher_ids))} in the teacher"
-            f" and {cut(list(probe.student_ids))} in the student",
+            f"the text {cut(probe.text)} becomes {_said(probe.teacher_ids)} in the teacher"
+            f" and {_said(probe.student_ids)} in the student",
             {
                 "text": probe.text,
                 "teacher": list(probe.teacher_tokens),
@@ -100,6 +77,10 @@ def segmentation(pair: Pair) -> Difference | None:
         f"the two sides differ in {differing}; none of {n_texts} texts shows it, but that none does cannot be shown",
         {"text": None, "n_texts": n_texts, "rules": rules},
     )
+
+
+def _said(ids: tuple[int, ...]) -> str:
+    return "what cannot be encoded" if ids == NO_IDS else cut(list(ids))
 
 
 def loader(pair: Pair) -> Difference | None:
@@ -190,7 +171,13 @@ def pre_tokenizer(pair: Pair) -> Difference | None:
 
 def decoder(pair: Pair) -> Difference | None:
     """How ids become text again; no id depends on it, and the student is saved with the teacher's."""
-    return _rule(pair, "decoder", "decoders")
+    written = _rule(pair, "decoder", "decoders")
+    if not (shown := pair.decoded):
+        return written
+    ids, teacher, student = shown
+    detail = f"ids {cut(ids)} become {cut(teacher)} in the teacher and {cut(student)} in the student"
+    evidence = written.evidence if written else {}
+    return Difference("decoder", False, detail, {**evidence, "ids": ids, "texts": [teacher, student]})
 
 
 def merges(pair: Pair) -> Difference | None:
@@ -276,40 +263,6 @@ def _inserted(side: TokenizerSide) -> list[list[int]] | None:
         return list(map(list, inserted_ids(side.tokenizer)))
     except ModelError:
         return None
-
-
-def chat_template(pair: Pair) -> Difference | None:
-    """Rendered ids of conversations; what does not render is compared by the reason."""
-    differing = {
-        name: rendered
-        for name, given in _CONVERSATIONS.items()
-        if (rendered := [_rendered(side, given) for side in (pair.teacher, pair.student)])[0] != rendered[1]
-    }
-    if not differing:
-        return None
-    first = next(iter(differing))
-    return Difference(
-        "chat_template",
-        False,
-        f"the chat templates render a conversation {first} differently; the teacher's is used",
-        {
-            "differing": list(differing),
-            "conversation": _CONVERSATIONS[first]["conversation"],
-            "teacher": differing[first][0],
-            "student": differing[first][1],
-        },
-    )
-
-
-def _rendered(side: TokenizerSide, given: Mapping[str, Any]) -> list[int] | str:
-    """Ids of the conversation, or why there are none."""
-    if not side.tokenizer.chat_template:
-        return "no chat template"
-    try:
-        text = str(side.tokenizer.apply_chat_template(**given, tokenize=False))
-    except Exception as error:  # a template is its author's program and raises what it likes
-        return f"{type(error).__name__}: {error}"
-    return side.encode([text])[0]
 
 
 def _rule(pair: Pair, name: str, nested: str) -> Difference | None:

@@ -23,8 +23,10 @@ def as_markdown(report: TokenizerReport) -> str:
     ]
     if first := report.first_difference:
         parts.append("The first id that differs:")
-        rows = [(first.id, _code(first.teacher), first.teacher_bytes, _code(first.student), first.student_bytes)]
-        parts.append(_table(("id", teacher, "bytes", student, "bytes"), rows))
+        sides = (first.teacher, first.teacher_bytes), (first.student, first.student_bytes)
+        told = (("none", "") if token is None else (_code(token), hexed) for token, hexed in sides)
+        row = (first.id, *(text for pair in told for text in pair))
+        parts.append(_table(("id", teacher, "bytes", student, "bytes"), [row]))
     if report.probe:
         parts.append(f"A text that gets other ids: {_code(repr(report.probe.text))}")
         parts.append(_table((teacher, "id", student, "id"), _marked(report.probe)))

@@ -25,15 +25,21 @@ class Difference:
     evidence: dict[str, Any]
 
 
+# What a text that a tokenizer fails on becomes.
+NO_IDS = (-1,)
+
+
 @dataclass(frozen=True)
 class TokenDifference:
-    """An id, the token it is on each side, and the bytes that stands for in a text, hexadecimal."""
+    """An id, the token it is on each side, and the bytes that stands for in a text, hexadecimal; None where the
+    side has no token for it, but the other's under another id.
+    """
 
     id: int
-    teacher: str
-    student: str
-    teacher_bytes: str
-    student_bytes: str
+    teacher: str | None
+    student: str | None
+    teacher_bytes: str | None
+    student_bytes: str | None
 
 
 @dataclass(frozen=True)

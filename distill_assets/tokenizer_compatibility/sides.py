@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill_assets.foundation.errors import ModelError
 from distill_assets.foundation.inserted_ids import token_ids
 from distill_assets.tokenizer_compatibility.definition import Definition, Merge, Spelling
 from distill_assets.tokenizer_compatibility.equivalence import Comparison, Open
 from distill_assets.tokenizer_compatibility.fingerprint import backend_state
 from distill_assets.tokenizer_compatibility.merge_order import telling_texts
 from distill_assets.tokenizer_compatibility.probes import PROBES, each_character, in_context, shortest, side_by_side
-from distill_assets.tokenizer_compatibility.report import Probe, TokenDifference
+from distill_assets.tokenizer_compatibility.report import NO_IDS, Probe, TokenDifference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _TRIED = 500  # differing ids, and merges of each kind, whose text is tried as a probe
 _AT_ONCE = 20_000  # of the tokens that are tried as texts of their own
 _ILLUSTRATING = 100_000  # of those, where no text could make the verdict better
+_DECODED = 300  # texts that are decoded again
 _PLAIN = Spelling(byte_level=False, byte_tokens=False, space=None, continuation=None)
 
 
@@ -36,9 +38,14 @@ class TokenizerSide:
     tied: bool | None = None
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        return self.tokenizer.get_vocab()
+
+    @cached_property
     def tokens(self) -> dict[int, str]:
-        """Id -> token, of every id that has one."""
-        return {i: token for token, i in self.tokenizer.get_vocab().items()}
+        """Id -> token, of every id that has one; the added one where two share it, as when ids are decoded."""
+        return {i: token for token, i in self.vocabulary.items()} | self.added
 
     @cached_property
     def n_real(self) -> int:
@@ -73,9 +80,18 @@ class TokenizerSide:
         """What an id stands for in a text."""
         return self.added[i].encode() if i in self.added else self.spelling.bytes_of(self.tokens[i])
 
+    def named(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The tokens of what `encode` gave."""
+        return tuple("(cannot be encoded)" if i in NO_IDS else self.tokens[i] for i in ids)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without inserted ones."""
-        return token_ids(self.tokenizer, texts)
+        """Ids of each text, without inserted ones; `NO_IDS` of one that it fails on, as where no token stands for
+        what is unknown.
+        """
+        try:
+            return token_ids(self.tokenizer, texts)
+        except ModelError:
+            return [[*NO_IDS]] if len(texts) == 1 else [ids for text in texts for ids in self.encode([text])]
 
 
 def _inherited(name: str) -> Any:
@@ -96,18 +112,25 @@ class Pair:
 
     @cached_property
     def conflicts(self) -> tuple[int, ...]:
-        """Ids with a token on both sides that is not the same one, or does not stand for the same bytes; ascending."""
+        """Ids whose tokens are not the same, or do not stand for the same bytes, ascending; and those of one side whose
+        token the other has under another id.
+        """
         teacher, student = self.teacher, self.student
-        shared = teacher.tokens.keys() & student.tokens.keys()
-        if self.rules is None or teacher.spelling == student.spelling:
-            return tuple(sorted(i for i in shared if teacher.tokens[i] != student.tokens[i]))
-        return tuple(
-            sorted(
-                i
-                for i in shared
-                if teacher.tokens[i] != student.tokens[i] or teacher.bytes_of(i) != student.bytes_of(i)
-            )
-        )
+        alike = self.rules is None or teacher.spelling == student.spelling
+        differing = {
+            i
+            for i in teacher.tokens.keys() & student.tokens.keys()
+            if teacher.tokens[i] != student.tokens[i] or not (alike or teacher.bytes_of(i) == student.bytes_of(i))
+        }
+        return tuple(sorted(differing.union(*self._moved)))
+
+    @cached_property
+    def _moved(self) -> list[tuple[int, int]]:
+        """The two ids of each token that is not where the other side has it."""
+        teacher, student = self.teacher.vocabulary, self.student.vocabulary
+        if teacher == student:
+            return []
+        return [(i, student[token]) for token, i in teacher.items() if student.get(token, i) != i]
 
     @cached_property
     def missing(self) -> tuple[int, ...]:
@@ -124,13 +147,10 @@ class Pair:
         if not self.conflicts:
             return None
         i = self.conflicts[0]
-        return TokenDifference(
-            i,
-            self.teacher.tokens[i],
-            self.student.tokens[i],
-            self.teacher.bytes_of(i).hex(),
-            self.student.bytes_of(i).hex(),
-        )
+        sides = self.teacher, self.student
+        teacher, student = (side.tokens.get(i) for side in sides)
+        teacher_bytes, student_bytes = (side.bytes_of(i).hex() if i in side.tokens else None for side in sides)
+        return TokenDifference(i, teacher, student, teacher_bytes, student_bytes)
 
     # rules -----------------------------------------------------------------------------------
 
@@ -147,23 +167,25 @@ class Pair:
         """Rules that differ and are not shown to be the same in effect."""
         return self.rules.open_parts() if self.rules else ()
 
+    @property
+    def draw(self) -> list[str]:
+        """The sides that give a text other ids each time."""
+        sides = {"teacher": self.teacher, "student": self.student}
+        return [name for name, side in sides.items() if side.definition and side.definition.draws]
+
     # texts -----------------------------------------------------------------------------------
 
     @cached_property
     def probe(self) -> Probe | None:
-        """A short text that gets different ids, of all that were tried; None when there is none."""
+        """A short text that gets different ids, of all that were tried; None when there is none, or chance decides."""
+        if self.draw:
+            return None
         differing = [text for text, teacher, student in self.encoded if self._disagree(teacher, student)]
         if not differing:
             return None
         text = min((shortest(text, self._differs) for text in sorted(differing, key=len)[:5]), key=len)
         [teacher], [student] = self.teacher.encode([text]), self.student.encode([text])
-        return Probe(
-            text,
-            tuple(teacher),
-            tuple(self.teacher.tokens[i] for i in teacher),
-            tuple(student),
-            tuple(self.student.tokens[i] for i in student),
-        )
+        return Probe(text, tuple(teacher), self.teacher.named(teacher), tuple(student), self.student.named(student))
 
     @cached_property
     def encoded(self) -> list[tuple[str, list[int], list[int]]]:
@@ -182,6 +204,17 @@ class Pair:
                 if self._shows_a_difference(more):
                     break
         return encoded
+
+    @cached_property
+    def decoded(self) -> tuple[list[int], str, str] | None:
+        """Ids that the two sides turn into other texts, of those that texts get on both; None when there are none."""
+        differing = {*self.conflicts, *NO_IDS}
+        for _, ids, other in self.encoded[:_DECODED]:
+            if ids == other and differing.isdisjoint(ids):
+                teacher, student = (str(side.tokenizer.decode(ids)) for side in (self.teacher, self.student))
+                if teacher != student:
+                    return ids, teacher, student
+        return None
 
     def _shows_a_difference(self, encoded: Sequence[tuple[str, list[int], list[int]]]) -> bool:
         return any(self._disagree(teacher, student) for _, teacher, student in encoded)
@@ -202,19 +235,22 @@ class Pair:
     def _texts_at_hand(self) -> list[str]:
         """The corpus, added tokens of either side in context, and what the differences themselves suggest."""
         added = sorted({*self.teacher.added.values(), *self.student.added.values()})
-        suspects = [self.teacher.bytes_of(i) for i in self.conflicts[:_TRIED]]
-        suspects += [self.teacher.spelling.bytes_of(token) for token in self._told_by_merges()]
+        suspects = [self.teacher.bytes_of(i) for i in self.conflicts[:_TRIED] if i in self.teacher.tokens]
+        suspects += [self.teacher.spelling.bytes_of(token) for token in self._told_by_models()]
         plain = [text for token in suspects if (text := token.decode("utf-8", "ignore"))]
         known = [d for d in (self.teacher.definition, self.student.definition) if d and self.open_parts]
         literals = [text for definition in known for text in definition.literals]
-        in_words = [text for token in plain for text in (token, f"a {token}")]
+        in_words = [text for token in plain for text in (token, f"a{token}", f"a {token}")]
         return list(dict.fromkeys([*PROBES, *self.extra_probes, *in_context([*added, *literals]), *in_words]))
 
-    def _told_by_merges(self) -> list[str]:
-        if not any(part.part == "merges" for part in self.open_parts):
+    def _told_by_models(self) -> list[str]:
+        """Tokens that the models' differences have to do with, if these are open."""
+        if self.rules is None or not any(part.part == "merges" for part in self.open_parts):
             return []
+        alone = self.rules.teacher.vocabulary.keys() ^ self.rules.student.vocabulary.keys()
         teacher, student = (self._merges(side) for side in (self.teacher, self.student))
-        return [] if teacher == student else telling_texts(teacher, student, _TRIED)
+        told = [] if teacher == student else telling_texts(teacher, student, _TRIED)
+        return [*told, *sorted(alone)[:_TRIED]]
 
     def _merges(self, side: TokenizerSide) -> list[Merge]:
         return self.rules.merges(side.definition) if self.rules and side.definition else []
@@ -241,4 +277,4 @@ class Pair:
 
     @cached_property
     def _unshared(self) -> frozenset[int]:
-        return frozenset(self.missing) | frozenset(self.extra)
+        return (frozenset(self.missing) | frozenset(self.extra)) - frozenset(self.conflicts)

@@ -14,6 +14,7 @@ from distill_assets.tokenizer_compatibility.compare import (
     inherited_report,
     require_compatible,
 )
+from distill_assets.tokenizer_compatibility.markdown import as_markdown
 from tests import tiny
 from tests.tokenizer_compatibility import mutations as m
 
@@ -152,6 +153,50 @@ def test_accepting_every_blocking_difference_makes_a_pair_usable(tokenizer: PreT
     assert report.usable and report.verdict == "incompatible"
     assert report.accepted == ("token_ids", "segmentation")
     require_compatible(report)
+
+
+def test_merges_left_out_at_random_block_and_no_text_is_evidence(tokenizer: PreTrainedTokenizerFast) -> None:
+    def chance(state: dict[str, Any]) -> None:
+        state["model"]["dropout"] = 0.3
+
+    for sides in ((chance, chance), (chance, None), (None, chance)):
+        report = compare(*(m.changed(tokenizer, side) for side in sides))  # type: ignore[arg-type]
+        assert (report.verdict, names(report, True), report.probe) == ("incompatible", {"segmentation"}, None)
+        named = " and the ".join(name for name, side in zip(("teacher's", "student's"), sides, strict=True) if side)
+        assert report.reasons[0].startswith(f"the {named} dropout leaves out merges at random")
+
+
+def test_decoders_are_told_apart_by_what_they_make_of_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    def no_decoder(state: dict[str, Any]) -> None:
+        state["decoder"] = None
+
+    def in_a_sequence(state: dict[str, Any]) -> None:
+        state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"]]}
+
+    student = m.changed(tokenizer, no_decoder)
+    report = compare(tokenizer, student)
+    [difference] = report.differences
+    assert (report.verdict, difference.name, difference.blocking) == ("identical", "decoder", False)
+    ids, texts = difference.evidence["ids"], difference.evidence["texts"]
+    assert texts == [tokenizer.decode(ids), student.decode(ids)] and texts[0] != texts[1]
+    assert "become" in difference.detail
+    [difference] = compare(tokenizer, m.changed(tokenizer, in_a_sequence)).differences
+    assert difference.detail == "the decoders differ in writing only"
+
+
+def test_a_token_the_other_side_has_elsewhere(tokenizer: PreTrainedTokenizerFast) -> None:
+    def moved(state: dict[str, Any]) -> None:
+        state["model"]["vocab"]["718"] = 330
+
+    there = m.changed(tokenizer, moved)
+    place = tokenizer.get_vocab()["718"]
+    report = compare(tokenizer, there, (320, 331))
+    told = f"id {place} is '718' in the teacher and no token in the student, which has it as id 330 (2 ids differ)"
+    assert report.reasons[0] == told
+    assert f"| {place} | `` 718 `` | 373138 | none |  |" in as_markdown(report)
+    assert compare(there, tokenizer, (331, 320)).reasons[0] == (
+        f"id {place} is no token in the teacher and '718' in the student; the teacher has it as id 330 (2 ids differ)"
+    )
 
 
 @pytest.mark.parametrize("name", ["nonsense", "teacher_head", "student_head"])

@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from distill_assets.foundation.errors import ModelError
-from distill_assets.foundation.inserted_ids import inserted_ids
+from distill_assets.foundation.inserted_ids import inserted_ids, token_ids
 from distill_assets.orchestration.compatibility import compare_models
 from distill_assets.tokenizer_compatibility.compare import TokenizerReport, TokenizerSide, compare_tokenizers
 from tests import tiny
@@ -61,8 +61,8 @@ class Words(PreTrainedTokenizer):
 WORDS = ["<unk>", "the", "quick", "brown", "fox", "a", "b"]
 
 
-def fast_words() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def fast_words(unknown: str = "<unk>") -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
@@ -73,6 +73,18 @@ def test_a_slow_loader_that_agrees_may_pass_and_is_noted() -> None:
     [noted] = [d for d in report.differences if d.name == "loader"]
     assert "Words has rules in code" in noted.detail
     assert {line.result for line in report.compared if line.name in ("merges", "normalizer")} == {"not known"}
+
+
+def test_texts_that_cannot_be_encoded_are_compared_too() -> None:
+    without = fast_words("<none>")
+    assert compare(without, fast_words("<none>")).verdict == "identical"
+    report = compare(fast_words(), without)
+    assert report.verdict == "incompatible" and report.probe is not None
+    assert report.probe.student_tokens == ("(cannot be encoded)",) and set(report.probe.teacher_ids) == {0}
+    assert "in the teacher and what cannot be encoded in the student" in report.reasons[0]
+    with pytest.raises(ModelError, match=r"a text cannot be encoded \(.*\); use a tokenizer that has a token"):
+        token_ids(without, ["a zebra"])
+    assert inserted_ids(without) == ([], [])
 
 
 def test_a_slow_loader_that_splits_at_other_blanks_is_found() -> None:
@@ -162,11 +174,13 @@ def test_folders_of_tokenizers_alone_are_enough(tmp_path: Path, tokenizer: PreTr
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    for name in ("whole", "corrupt", "remote"):
+    for name in ("whole", "corrupt", "remote", "panicking"):
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "empty").mkdir()
     text = (tmp_path / "whole" / "tokenizer.json").read_text()
     (tmp_path / "corrupt" / "tokenizer.json").write_text(text[: len(text) // 2])
+    rule = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}
+    (tmp_path / "panicking" / "tokenizer.json").write_text(json.dumps({**json.loads(text), **rule}))
     config = tmp_path / "remote" / "tokenizer_config.json"
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
@@ -174,6 +188,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path, tokeni
     for name, message in (
         ("empty", "empty: no tokenizer in"),
         ("corrupt", "corrupt: the tokenizer in .* cannot be loaded"),
+        ("panicking", "panicking: the tokenizer in .* cannot be loaded"),
         ("remote", "remote: the tokenizer in .* needs code of its own"),
     ):
         with pytest.raises(ModelError, match=message) as caught:

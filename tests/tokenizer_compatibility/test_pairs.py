@@ -59,7 +59,7 @@ STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 WEEVIL = {"type": "Replace", "pattern": {"String": "zyzzyva"}, "content": "weevil"}
 NORM, PRE, MODEL, ADDED = "normalizer", "pre_tokenizer", "merges", "added_tokens"
-CHAT = "chat_template"
+CHAT, DECODER = "chat_template", "decoder"
 
 BYTE_LEVEL = {
     "nothing": same(),
@@ -96,7 +96,7 @@ BYTE_LEVEL = {
         c.normalizer_last(NFC), told=(NORM,), both=(c.normalizer_first(NFKC),)
     ),
     "digits split twice": same(c.pre_tokenizer_first(DIGITS), told=(PRE,), both=(c.pre_tokenizer_first(DIGITS),)),
-    "no decoder": same(c.setting("decoder", None), told=("decoder",)),
+    "no decoder": same(c.setting("decoder", None), told=(DECODER,)),
     "BOS inserted": same(c.insert("<|bos|>"), told=("inserted",), attributes={"add_bos_token": True}),
     "another EOS": same(told=("special_tokens",), attributes={"eos_token": "<|pad|>"}),
     "another template": same(told=(CHAT,), attributes={"chat_template": "{{ messages[0].content }}"}),
@@ -108,6 +108,17 @@ BYTE_LEVEL = {
         blocks=BOTH, told=(CHAT,),
     ),
     "ids shifted by one": other(c.shift_by_one, blocks=BOTH, told=("extra_ids", CHAT)),
+    "a token under an id that the other side lacks": other(
+        c.setting("model", "vocab", "718", 330), blocks=BOTH, told=("missing_ids", "extra_ids")
+    ),
+    "a special token where the other side has none": other(
+        c.add_special("<|t|>"), c.setting("model", "vocab", "<|t|>", 330),
+        blocks=BOTH, told=("missing_ids", "extra_ids"), teacher=(c.add_special("<|t|>"),),
+    ),
+    "one id with two tokens on both sides": same(both=(c.drop("718"), c.add_special("<|new|>"))),
+    "one id with two tokens on one side": other(
+        c.add_special("<|new|>"), blocks=BOTH, both=(c.drop("718"),)
+    ),
     "an id no text reaches, renamed": other(
         c.rename("spare", "reserved"), blocks=IDS, both=(c.append("spare"),)
     ),
@@ -209,7 +220,7 @@ FALLBACK = {
     ),
     "digits alone": other(c.pre_tokenizer_first(DIGITS), told=(PRE,)),
     "BOS stripping to its right": other(c.flag("<s>", "rstrip"), told=(ADDED,)),
-    "BOS normalized": other(c.flag("<s>", "normalized"), told=(ADDED,)),
+    "BOS normalized": other(c.flag("<s>", "normalized"), told=(ADDED, DECODER)),
     "tokens dropped": subset(c.drop_last(20), told=("missing_ids", MODEL)),
     "a special token appended": subset(c.add_special("<pad>"), told=("extra_ids",)),
 }  # fmt: skip
@@ -266,8 +277,12 @@ WORDPIECE = {
     "another unknown token": other(c.setting("model", "unk_token", "[PAD]"), told=(MODEL,)),
     "words by another pattern": other(c.setting("pre_tokenizer", {"type": "Whitespace"}), told=(PRE,)),
     "digits alone": other(c.pre_tokenizer_first(DIGITS), told=(PRE,)),
-    "a mask found in small letters": other(c.flag(_MASK, "normalized"), told=(ADDED,)),
+    "a mask found in small letters": other(c.flag(_MASK, "normalized"), told=(ADDED, DECODER)),
     "a mask that is a single word": other(c.flag(_MASK, "single_word"), told=(ADDED,)),
+    "a piece that the model has on one side only": other(
+        c.add_special("##zq"), both=(c.setting("normalizer", None),),
+        teacher=(c.append("##zq"), c.made_added("##zq"), c.flag("##zq", "special")),
+    ),
     "the last pieces dropped": subset(c.drop_last(3), told=("missing_ids",)),
     "a piece appended": subset(c.append("digital"), told=("extra_ids",)),
 }  # fmt: skip

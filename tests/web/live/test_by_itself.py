@@ -155,6 +155,9 @@ def test_incompatible_tokenizers_stop_everything_until_the_pair_is_mended(
     assert home.captured() == {} and counts(new_runs(server, filled)) == {"tokenizer_compatibility": 1}
     [tokenizers] = [a for a in home.distill("status")["assets"] if a["asset"] == "tokenizer_compatibility"]
     assert tokenizers["state"] == "failed"
+    [by_hand] = server.wait_for_runs([server.launch("teacher_capture", "s3")])
+    assert by_hand.status == "FAILURE" and "are incompatible: id " in server.last_words(by_hand.run_id)
+    assert home.captured() == {}
 
     home.edit(student={"from_teacher_layers": [0, 2], "model": None})
     server.wait_until_quiet()
