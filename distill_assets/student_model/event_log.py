@@ -41,9 +41,15 @@ class EventLog(TrainerCallback):
         try:
             if not state.global_step and self._folder.exists():
                 remove(self._folder)
+            self._wait_for_a_later_name()
             self._writer = SummaryWriter(str(self._folder), purge_step=state.global_step + 1, flush_secs=FLUSH_SECONDS)
         except OSError as error:
             self._give_up(error)
+
+    def _wait_for_a_later_name(self) -> None:
+        """TensorBoard reads files in the order of their names, which hold the second they were begun in."""
+        while any(f".{int(time.time()):010d}." in file.name for file in self._folder.glob("events.*")):
+            time.sleep(0.05)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         point, now = self._trainer.curve[-1], time.perf_counter()
