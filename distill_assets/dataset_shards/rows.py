@@ -8,6 +8,7 @@ has columns for every kind); keys of other names are the user's own and are igno
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -172,9 +173,17 @@ def _weight(value: object) -> float:
         weight = float(value)  # type: ignore[arg-type]
     except OverflowError:
         weight = math.inf
-    if not (math.isfinite(weight) and weight >= 0):
-        raise _Refused(f"weight is {weight}; it must be finite and at least 0")
+    if not (_fits_float32(weight) and weight >= 0):
+        raise _Refused(f"weight is {weight}; it must be at least 0 and below 3.4e38, as float32 can hold it")
     return weight
+
+
+def _fits_float32(value: float) -> bool:
+    """Whether it is finite as captures keep it."""
+    try:
+        return math.isfinite(*struct.unpack("f", struct.pack("f", value)))
+    except OverflowError:
+        return False
 
 
 def _filled(name: str, value: object) -> str:
