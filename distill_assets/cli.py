@@ -7,6 +7,7 @@ torch and transformers are imported only by the commands that need them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -93,6 +94,8 @@ def main() -> None:
         _fail(error, str(error), error.exit_code, debug, as_json)
     except SystemExit as exit_:
         if exit_.code != TYPER_INTERRUPTED:
+            if as_json and (say := getattr(exit_.__context__, "format_message", None)):  # wrong usage, told by Typer
+                print_json({"error": say()})
             raise
         _fail(exit_, "interrupted; what was finished is kept, the same command goes on from there", 1, debug, as_json)
     except BrokenPipeError:
@@ -117,7 +120,16 @@ def _fail(error: BaseException, message: str, exit_code: int, debug: bool, as_js
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON cannot write."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _pipeline(home: Home, rehash: bool = False) -> Pipeline:
@@ -301,13 +313,17 @@ def export(
     encoded: Annotated[
         bool, typer.Option("--encoded", help="Not captures, but the rows' ids and mask, for another engine to score.")
     ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the file that is there.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write current captures as JSONL, one example a line."""
-    from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl
+    from distill_assets.dataset_shards.discover import folder_of_shards
+    from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl, require_free
 
-    pipeline = _pipeline(find_home(home))
+    found = find_home(home)
+    require_free(out, (*found.own_places, folder_of_shards(found.root, found.settings().data)), replace)
+    pipeline = _pipeline(found)
     present = {s.key for s in pipeline.discovery.shards} | {problem.key for problem in pipeline.discovery.problems}
     if unknown := [name for name in shard or [] if name not in present]:
         raise UsageError(f"there is no shard {unknown[0]}; `distill plan` lists them")

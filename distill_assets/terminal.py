@@ -39,6 +39,7 @@ AShard = TypeVar("AShard", "ShardPlan", "ShardStatus")
 PIPED_WIDTH = 160  # a table in a file or pipe is not squeezed into 80 columns
 GAP = 2  # blanks between columns
 LEAST_COLUMN = 10  # a table of narrower columns is unreadable
+LEAST_NAME = 20  # the name of a figure folds above that
 LEAST_WHY = 30  # a column of reasons narrower than this is unreadable
 MOST_SHARDS = 50  # on a terminal
 
@@ -333,20 +334,28 @@ def show_run(report: RunReport) -> None:
 
 def evaluation_table(summary: Sequence[Mapping[str, str]], width: int) -> Table:
     """A line a figure and a column a model, whose rows `summary` has; where that is too wide for `width` characters,
-    intervals stand below their figures.
+    intervals stand below their figures, and in two lines where that leaves less than LEAST_NAME for the names.
     """
     label, *figures = summary[0]
     cells = [[row[name] for row in summary] for name in figures]
-    widths = [max(map(cell_len, column)) for column in zip([row[label] for row in summary], *cells, strict=True)]
-    if max(map(cell_len, figures)) + sum(widths) + GAP * len(widths) > width:
-        cells = [[text.replace(" [", "\n[") for text in line] for line in cells]
+    models = [row[label] for row in summary]
+    names = max(map(cell_len, figures))
+    for room, at, broken in ((names, " [", "\n["), (min(names, LEAST_NAME), ", ", ",\n")):
+        if room + _figures_width(models, cells) > width:
+            cells = [[text.replace(at, broken) for text in line] for line in cells]
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     table.add_column("", overflow="fold")
-    for row in summary:
-        table.add_column(row[label], justify="right", no_wrap=True)
+    for model in models:
+        table.add_column(model, justify="right", no_wrap=True)
     for name, line in zip(figures, cells, strict=True):
         table.add_row(Text(name), *map(Text, line))
     return table
+
+
+def _figures_width(models: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Characters the models' columns take, with the gaps before them."""
+    columns = zip(models, *cells, strict=True)
+    return sum(GAP + max(cell_len(line) for text in column for line in text.split("\n")) for column in columns)
 
 
 def show_comparison(comparison: Comparison) -> None:

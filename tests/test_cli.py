@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 
+from distill_assets import cli
 from tests import tiny
 
 DISTILL = [sys.executable, "-m", "distill_assets.cli"]
@@ -161,6 +162,20 @@ def test_sql_prints_a_table_or_json(made: tuple[Path, dict[str, Any]]) -> None:
     lines = distill("sql", query, home=root).stdout.splitlines()
     assert lines[0].split() == ["shard", "examples", "tokens"] and len(lines) == 4
     assert "only SELECT" in refusal("sql", "DROP TABLE examples", home=root, code=2)
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_json({"rows": [{"x": float("inf"), "y": [float("nan"), 1.5]}]})
+    assert json.loads(capsys.readouterr().out) == {"rows": [{"x": None, "y": [None, 1.5]}]}
+
+
+def test_wrong_usage_is_one_json_object_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["distill", "plan", "--bogus", "--json"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "--bogus" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_export_writes_one_shard_or_all(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -110,6 +110,16 @@ def test_figures_of_models_fit_the_terminal_and_lose_nothing() -> None:
     assert len(lines) == 3  # a line a figure where there is room
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_figures_keep_their_names_on_a_narrow_terminal(width: int) -> None:
+    name = "Perplexity on the text itself"
+    models = ("untrained", "student", "control", "teacher")
+    table = terminal.evaluation_table([{"model": m, name: "216,435 [169,679, 277,940]"} for m in models], width)
+    words = " ".join(lines_of(table, width)).split()
+    assert set(words) >= {*name.split(), *models}
+    assert [words.count(figure) for figure in ("216,435", "[169,679,", "277,940]")] == [4, 4, 4]
+
+
 def test_one_is_singular_whichever_form_the_unit_came_in() -> None:
     assert [terminal.counted(n, unit) for n in (0, 1, 1200) for unit in ("step", "steps")] == [
         "0 steps", "0 steps", "1 step", "1 step", "1,200 steps", "1,200 steps",

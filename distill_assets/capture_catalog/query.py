@@ -38,6 +38,9 @@ def run_query(catalog: Path, captures: Path, sql: str) -> QueryResult:
             columns = tuple(column[0] for column in cursor.description or [])
             return QueryResult(columns, tuple(cursor.fetchall()))
         except duckdb.Error as error:
+            if isinstance(error, duckdb.PermissionException) and (made_in := _made_elsewhere(connection, catalog)):
+                said = f"the home was moved or copied from {made_in}; `distill run` mends its catalog"
+                raise CatalogError(said) from error
             raise CatalogError(f"the query failed: {first_line(error)}") from error
 
 
@@ -66,6 +69,12 @@ def lock_down(connection: duckdb.DuckDBPyConnection, folders: Sequence[Path] = (
         "SET lock_configuration = true",
     ):
         connection.execute(setting)
+
+
+def _made_elsewhere(connection: duckdb.DuckDBPyConnection, catalog: Path) -> str | None:
+    """Where the home lay when the catalog was written, if not here: its views read files by their full paths."""
+    [(home,)] = connection.execute("SELECT home FROM catalog_meta").fetchall()
+    return None if home == str(catalog.parent) else str(home)
 
 
 def mass_by_rank(catalog: Path, captures: Path, shards: Sequence[str], rows: int) -> list[float]:

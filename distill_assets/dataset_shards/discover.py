@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -125,6 +126,12 @@ def place_of_shard(root: Path, data: DataSettings, key: str) -> Path:
         if other.name != name and (ending := _ending(other.name)) and other.name.removesuffix(ending) == key:
             raise UsageError(f"shard {key} is there as {other}; remove that file, or give another --shard")
     return folder / name
+
+
+def folder_of_shards(root: Path, data: DataSettings) -> Path:
+    """The folder in which, at whatever depth, `data.shards` looks for files."""
+    parts = PurePath(data.shards).parts[:-1]
+    return root.joinpath(*takewhile(lambda part: not set(part) & set("*?["), parts))
 
 
 def _matching_files(root: Path, pattern: str) -> list[Path]:

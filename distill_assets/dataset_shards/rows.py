@@ -9,6 +9,7 @@ are ignored.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,6 @@ KIND_OF = {
     "token_weights": "input_ids",
 }
 KNOWN_KEYS = (*KIND_OF, "id", "weight")
-_HEAVIEST = 3.4e38  # about what a float32 holds, which is what a weight is stored as
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,17 @@ def _weight(value: object, name: str = "weight") -> float:
         weight = float(value)  # type: ignore[arg-type]
     except OverflowError:
         weight = math.inf
-    if not 0 <= weight <= _HEAVIEST:
-        raise _Refused(f"{name} is {weight}; it must be finite and at least 0")
+    if not (_fits_float32(weight) and weight >= 0):
+        raise _Refused(f"{name} is {weight}; it must be at least 0 and below 3.4e38, as float32 can hold it")
     return weight
+
+
+def _fits_float32(value: float) -> bool:
+    """Whether it is finite as captures keep it."""
+    try:
+        return math.isfinite(*struct.unpack("f", struct.pack("f", value)))
+    except OverflowError:
+        return False
 
 
 def _filled(name: str, value: object) -> str:

@@ -93,6 +93,13 @@ class Home:
         return self.root / "dagster"
 
     @property
+    def own_places(self) -> tuple[Path, ...]:
+        """Files and folders of the home that nothing but the pipeline and the user's editor may write."""
+        files = (self.settings_file, self.catalog, self.tokenizer_report)
+        folders = (self.captures, self.students, self.reports, self.comparisons, self.models, self.dagster)
+        return (*files, *folders, self.root / ".cache")
+
+    @property
     def in_use(self) -> HomeLock:
         """Shared by all who write into this home, and held alone by who removes something from it."""
         return HomeLock(self.dagster / "in_use.lock")

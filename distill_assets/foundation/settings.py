@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from distill_assets.foundation.cron import is_cron
 from distill_assets.foundation.errors import SettingsError
 
 SETTINGS_FILE = "distill.yaml"
@@ -306,6 +307,15 @@ class AutomationSettings(Spec):
     start: bool = Field(False, description="start the sensor, conditions and schedule without a click")
     watch_seconds: int = Field(15, ge=1, description="how often shards are looked at for changes")
     schedule: NonEmpty = Field("0 2 * * *", description="cron expression of the refresh")
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, schedule: str) -> str:
+        if not is_cron(schedule):
+            raise ValueError(
+                f"{schedule!r} is no cron expression; give minute, hour, day, month and weekday, such as 0 2 * * *"
+            )
+        return schedule
 
 
 class Settings(Spec):

@@ -13,11 +13,26 @@ from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, Encoder, encode_shard
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, UsageError
 from distill_assets.foundation.files import replacing
 from distill_assets.teacher_capture.inspection import capture_row_groups
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import Capture
+
+
+def require_free(out: Path, taken: Iterable[Path], replace: bool) -> None:
+    """UsageError where an export to `out` would be lost or lose something: in a `taken` place or below one, in a
+    folder that is not there, or, unless `replace`, over a file."""
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is no folder; make it, or export elsewhere")
+    reached = {out.resolve(), out.parent.resolve() / out.name}
+    for place in taken:
+        if any(path.is_relative_to(place.resolve()) for path in reached):
+            raise UsageError(f"{out} lies in {place}, which is the home's own; export elsewhere")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it")
+    if not replace and (out.exists() or out.is_symlink()):
+        raise UsageError(f"{out} is there already; export with --replace to replace it, or name another file")
 
 
 def export_jsonl(captures: Iterable[Capture], out: Path) -> int:

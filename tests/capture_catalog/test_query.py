@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,12 @@ def test_mistakes_are_one_line(catalog: Bench) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(CatalogError, match="the query failed"):
         ask(catalog, "SELEC 1")
+
+
+def test_a_copied_home_says_what_mends_its_catalog(catalog: Bench, tmp_path: Path) -> None:
+    copied = shutil.copytree(catalog.home.root, tmp_path / "copied")
+    with pytest.raises(CatalogError, match=f"moved or copied from {catalog.home.root}; `distill run` mends"):
+        run_query(copied / "catalog.duckdb", copied / "captures", "SELECT count(*) FROM positions")
 
 
 def test_without_a_catalog(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_id_weight_and_metadata() -> None:
     row = parse_row(1, {"text": "a", "id": 12, "weight": 2, "source": {"any": "thing"}, "prompt": None})
     assert row == Row(1, Text("a"), "12", 2.0)
     assert parse_row(1, {"text": "a", "id": "x", "weight": 0.0}) == Row(1, Text("a"), "x", 0.0)
+    most = 3.4028235e38  # as the largest float32 is exported
+    assert parse_row(1, {"text": "a", "weight": most}) == Row(1, Text("a"), None, most)
 
 
 BAD: list[tuple[Any, str]] = [
@@ -101,6 +103,7 @@ BAD: list[tuple[Any, str]] = [
     ({"text": "a", "weight": math.nan}, "weight is nan"),
     ({"text": "a", "weight": math.inf}, "weight is inf"),
     ({"text": "a", "weight": 10**400}, "weight is inf"),
+    ({"text": "a", "weight": 1e39}, r"weight is 1e\+39; it must be at least 0 and below 3.4e38"),
     ({"text": "a", "weight": -1}, "weight is -1"),
     ({"text": "a", "weight": "1"}, "weight must be a number, not text"),
     ({"text": "a", "weight": True}, "weight must be a number, not a boolean"),

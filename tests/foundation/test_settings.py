@@ -53,6 +53,7 @@ def test_an_unknown_section_lists_the_sections(tmp_path: Path) -> None:
         ("training: {mixture: {a*: .inf}}", "training.mixture.a*", "finite number (given: inf)"),
         ("control: 1", "control", "valid boolean (given: 1)"),
         ("data: {shards: ../elsewhere/*}", "data.shards", "inside the home, such as shards/*.jsonl"),
+        ("automation: {schedule: whenever}", "automation.schedule", "month and weekday, such as 0 2 * * *"),
         ("automation: {schedule: ''}", "automation.schedule", "at least 1 character (given: '')"),
     ],
 )

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from distill_assets.dataset_shards.discover import folder_of_shards
 from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.foundation.errors import ShardError
+from distill_assets.foundation.errors import ShardError, UsageError
+from distill_assets.foundation.home import Home
+from distill_assets.foundation.settings import DataSettings
 from distill_assets.teacher_capture.capture import capture_shard
-from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl
+from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl, require_free
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
 from tests.bench import Bench
@@ -35,6 +38,23 @@ def test_export_is_aligned_with_the_tokens(bench: Bench, tmp_path: Path) -> None
             assert line["topk_ids"][t] == row.targets.support_ids_N[part].tolist()
             assert line["topk_logprobs"][t] == row.targets.support_logprobs_N[part].tolist()
             assert line["gold_logprob"][t] == pytest.approx(row.targets.gold_logprob_P[p])
+
+
+def test_an_export_spares_the_home_and_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    there = tmp_path / "there.jsonl"
+    there.write_text("mine")
+    (tmp_path / "link").symlink_to("shards")
+    taken = [*Home(tmp_path).own_places, folder_of_shards(tmp_path, DataSettings())]
+    for name in ("distill.yaml", "catalog.duckdb", "shards/new.jsonl", "link/new.jsonl", "shards"):
+        with pytest.raises(UsageError, match="the home's own"):
+            require_free(tmp_path / name, taken, replace=True)
+    with pytest.raises(UsageError, match="is no folder"):
+        require_free(tmp_path / "nowhere" / "a.jsonl", taken, replace=False)
+    with pytest.raises(UsageError, match="--replace"):
+        require_free(there, taken, replace=False)
+    require_free(there, taken, replace=True)
+    require_free(tmp_path / "new.jsonl", taken, replace=False)
 
 
 def test_a_failed_export_leaves_the_old_file(bench: Bench, tmp_path: Path) -> None:
