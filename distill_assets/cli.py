@@ -197,11 +197,11 @@ def check(
 @app.command()
 def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOption = False) -> None:
     """What a run would capture, and why; runs nothing."""
-    from distill_assets.orchestration.status import what_follows
+    from distill_assets.orchestration.status import what_follows, what_is_refused
 
     pipeline = _pipeline(find_home(home), rehash)
     capture_plan = pipeline.plan()
-    following = what_follows(pipeline, capture_plan)
+    following, refused = what_follows(pipeline, capture_plan), what_is_refused(pipeline, capture_plan)
     if as_json:
         print_json(
             {
@@ -209,10 +209,11 @@ def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOpt
                 "shards": [asdict(shard) for shard in capture_plan.shards],
                 "basis": capture_plan.basis,
                 "then": [asdict(asset) for asset in following],
+                "refused": refused or None,
             }
         )
     else:
-        terminal.show_plan(capture_plan, following)
+        terminal.show_plan(capture_plan, following, refused)
 
 
 @app.command()

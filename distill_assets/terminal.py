@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_assets.foundation.progress import Progress as Step
+from distill_assets.foundation.progress import as_line
 
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
@@ -84,7 +85,7 @@ class ProgressBar:
     def _show_plain(self, step: Step) -> None:
         if time.monotonic() - self._said_at >= self.PLAIN_SECONDS:
             self._said_at = time.monotonic()
-            self.say(f"{step.step}: {step.done:,} of {counted(step.total, step.unit)} {step.note}".rstrip())
+            self.say(as_line(step))
 
     def clear(self) -> None:
         if self._task is not None:
@@ -196,8 +197,8 @@ def _shown(shards: Sequence[AShard]) -> tuple[Sequence[AShard], str]:
     return at_a_glance(shards, MOST_SHARDS if out.is_terminal else len(shards))
 
 
-def show_plan(plan: CapturePlan, following: Sequence[Following]) -> None:
-    """The shards, and what a run would do in a sentence or two."""
+def show_plan(plan: CapturePlan, following: Sequence[Following], refused: str) -> None:
+    """The shards, and what a run would do in a sentence or two; `refused`: the error it would end with."""
     shown, more = _shown(plan.shards)
     out.print(plan_table(shown, out.width))
     out.print(more)
@@ -207,6 +208,8 @@ def show_plan(plan: CapturePlan, following: Sequence[Following]) -> None:
         out.print(f"[dim]Estimated from {plan.basis}.[/]", soft_wrap=True)
     if following:
         out.print(f"Then {follow_up(following)}.", soft_wrap=True)
+    if refused:
+        out.print(f"[bold red]Then a run fails:[/] {escape(refused)}", soft_wrap=True)
 
 
 def follow_up(following: Sequence[Following]) -> str:

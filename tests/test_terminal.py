@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_assets import terminal
+from distill_assets.foundation.progress import Progress
 from distill_assets.orchestration.status import AssetStatus, HomeStatus, ShardStatus
 from distill_assets.teacher_capture.plan import ShardPlan
 
@@ -124,6 +125,16 @@ def test_one_is_singular_whichever_form_the_unit_came_in() -> None:
     assert [terminal.counted(n, unit) for n in (0, 1, 1200) for unit in ("step", "steps")] == [
         "0 steps", "0 steps", "1 step", "1 step", "1,200 steps", "1,200 steps",
     ]  # fmt: skip
+
+
+def test_progress_in_a_pipe_says_how_fast_and_when_it_is_done_but_not_often(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress_bar() as bar:
+        bar.PLAIN_SECONDS = 0.0
+        bar.show(Progress("teacher on s0", 1200, 5000, "tokens", 4.0, "on cpu"))
+        bar.PLAIN_SECONDS = 15.0
+        bar.show(Progress("teacher on s0", 2400, 5000, "tokens", 8.0))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "• teacher on s0: 1,200 of 5,000 tokens, 300 tokens/s, 13 s left, on cpu"
 
 
 def test_the_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

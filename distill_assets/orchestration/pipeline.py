@@ -18,7 +18,7 @@ from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, 
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
 from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
 from distill_assets.dataset_shards.sample import sample_texts
-from distill_assets.foundation.errors import CaptureError, PinnedCapture, SettingsError, StaleInputs
+from distill_assets.foundation.errors import CaptureError, PinnedCapture, SettingsError, StaleInputs, TrainingError
 from distill_assets.foundation.files import write_json
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
@@ -109,6 +109,23 @@ class Pipeline:
             require_layers(self.spec.teacher, layers)
         if where := self.settings.training.where:
             require_predicate(where)
+
+    def require_any_shard(self) -> None:
+        """StaleInputs when there is no shard file at all."""
+        if not self.discovery.shards and not self.discovery.problems:
+            where = f"data.shards ({self.settings.data.shards}) in {self.home.root}"
+            raise StaleInputs(f"there are no shards: nothing matches {where}; put a file there, or mend the pattern")
+
+    def require_roles(self) -> None:
+        """TrainingError unless some shards are trained on and some are held out."""
+        roles = {shard.role for shard in self.discovery.shards}
+        if "train" not in roles:
+            raise TrainingError("there are no training shards: every shard matches data.heldout or data.validation")
+        if "heldout" not in roles:
+            raise TrainingError(
+                "there is no held-out shard to measure a student on; add one whose name matches data.heldout "
+                "(heldout.jsonl by default), or name an existing shard there"
+            )
 
     def require_validation(self) -> None:
         """SettingsError for a training that is to be judged by validation rows where no shard has any. Which shards

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from distill_assets.foundation.progress import Progress, ProgressListener
+from distill_assets.foundation.progress import Progress, ProgressListener, as_line
 
 FIRST_SECONDS, LOG_SECONDS = 1.0, 10.0  # each line is an event that takes Dagster some 40 ms to record
 
@@ -36,11 +36,3 @@ def progress_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContex
             context.log.info(as_line(progress))
 
     return listen
-
-
-def as_line(progress: Progress) -> str:
-    """`teacher on s0: 1,200 of 5,000 tokens, 410 tokens/s, 9 s left`."""
-    line = f"{progress.step}: {progress.done:,} of {progress.total:,} {progress.unit}"
-    if progress.rate:
-        line += f", {progress.rate:,.3g} {progress.unit}/s, {progress.eta_seconds or 0:,.0f} s left"
-    return f"{line}, {progress.note}" if progress.note else line

@@ -1,6 +1,6 @@
 """The state of a home's shards and assets, for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,11 +67,44 @@ class Following:
     last_seconds: float | None = None
 
 
+def what_is_refused(pipeline: Pipeline, plan: CapturePlan) -> str:
+    """The error a run would end with, as far as is known without one: "" where none is foreseen. Shards that fail are
+    in the plan.
+    """
+    return _refused_at_once(pipeline) or ("" if _has_failed(plan) else _error_of(pipeline.require_roles))
+
+
+def _refused_at_once(pipeline: Pipeline) -> str:
+    """Why a run would capture nothing."""
+    if refused := _error_of(pipeline.require_any_shard):
+        return refused
+    try:
+        return _refusal(pipeline)
+    except DistillError as error:  # a student that is not there, or has no tokenizer
+        return str(error)
+
+
+def _error_of(requirement: Callable[[], None]) -> str:
+    try:
+        requirement()
+    except DistillError as error:
+        return str(error)
+    return ""
+
+
+def _has_failed(plan: CapturePlan) -> bool:
+    return any(shard.state == "failed" and not shard.is_to_capture for shard in plan.shards)
+
+
 def what_follows(pipeline: Pipeline, plan: CapturePlan) -> tuple[Following, ...]:
-    """What a run would make besides captures, in its order. No student while a shard cannot be captured."""
+    """What a run would make besides captures, in its order. No student while a shard cannot be captured, or no shard
+    is trained on or held out.
+    """
+    if _refused_at_once(pipeline):
+        return ()
     states = AssetStates(pipeline)
     after = [asset for asset in INPUTS if asset != "teacher_capture"]
-    if any(shard.state == "failed" and not shard.is_to_capture for shard in plan.shards):
+    if _has_failed(plan) or _error_of(pipeline.require_roles):
         after = ["tokenizer_compatibility", "capture_catalog"]
     changes = any(shard.is_to_capture or shard.state == "removed" for shard in plan.shards)
     try:

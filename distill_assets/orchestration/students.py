@@ -82,13 +82,7 @@ class StudentSide:
             raise StaleInputs(
                 f"shard {missing[0]}{more} has no current capture, so no student is trained; `distill plan` says why"
             )
-        if not self._entries("train"):
-            raise TrainingError("there are no training shards: every shard matches data.heldout or data.validation")
-        if not self._entries("heldout"):
-            raise TrainingError(
-                "there is no held-out shard to measure a student on; add one whose name matches data.heldout "
-                "(heldout.jsonl by default), or name an existing shard there"
-            )
+        self.pipeline.require_roles()
         self.pipeline.require_validation()
 
     # identities ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
+from distill_assets.foundation.written_files import hashes_below
 from distill_assets.student_evaluation.bootstrap import REPLICATES
 from distill_assets.student_evaluation.breakdowns import entropy_rows, shard_tables
 from distill_assets.student_evaluation.calibration import N_BINS
@@ -152,9 +153,9 @@ def write_report(
     }
     with replacing_folder(folder) as beside:
         write_text(beside / HTML_FILE, page)
-        write_json(beside / JSON_FILE, record)
         write_text(beside / SUMMARY_FILE, as_markdown(evaluation, details, pictures))
         evaluation.per_row.write(beside / ROWS_FILE)
+        write_json(beside / JSON_FILE, record | {"files": hashes_below(beside)})
     return ReportFiles(folder / HTML_FILE, folder / JSON_FILE, pictures)
 
 

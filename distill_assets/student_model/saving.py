@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
-from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.settings import StudentSettings, TrainingSettings
 from distill_assets.foundation.tokenizers import quiet_transformers
+from distill_assets.foundation.written_files import hashes_below
 from distill_assets.student_model.identity import StudentKind
 from distill_assets.student_model.vocabulary import FitReport, StudentVocabulary
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from distill_assets.student_model.lora import Adapters
 
-RECORD_FILE = "distillation.json"
+RECORD_FILE, CARD_FILE = "distillation.json", "README.md"
 ADAPTER = "adapter"  # a folder of its own: beside config.json transformers would take it for what to load
 _TOOLS = ("distill_assets", "torch", "transformers", "accelerate")
 
@@ -143,13 +143,21 @@ class StudentReport:
 
 @dataclass(frozen=True)
 class StudentRecord:
-    """What `distillation.json` says about a saved student."""
+    """What `distillation.json` says about a saved student. `files` is the SHA-256 of every other file; older records
+    have `weights`, those of the weights alone, or none.
+    """
 
     spec: StudentSpec
     report: StudentReport
     created: str  # UTC, ISO 8601; for people, part of no identity
     tools: Mapping[str, str]
-    weights: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by file; of older students none is known
+    files: Annotated[Mapping[str, str], Field(validation_alias=AliasChoices("files", "weights"))] = field(
+        default_factory=dict
+    )
+
+    @property
+    def knows_all_files(self) -> bool:
+        return CARD_FILE in self.files
 
 
 _RECORD = TypeAdapter(StudentRecord)
@@ -175,11 +183,10 @@ def save_student(
             tokenizer.save_pretrained(beside)
             if adapters and spec.origin.model:
                 adapters.save(beside / ADAPTER, spec.origin.model)
-        files = sorted(beside.rglob("*.safetensors"))
-        weights = {file.relative_to(beside).as_posix(): content_hash(file) for file in files}
-        record = StudentRecord(spec, report, created, tools, weights)
+        record = StudentRecord(spec, report, created, tools)
+        write_text(beside / CARD_FILE, _model_card(record))
+        record = replace(record, files=hashes_below(beside))
         write_json(beside / RECORD_FILE, _RECORD.dump_python(record, mode="json"))
-        write_text(beside / "README.md", _model_card(record))
 
 
 def read_student(folder: Path) -> StudentRecord:

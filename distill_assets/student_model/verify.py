@@ -1,4 +1,4 @@
-"""Students on disk read to their last byte: weights, tokenizer and record."""
+"""Students on disk read to their last byte: each file against its record."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distill_assets.foundation.errors import ModelError, TrainingError, UnreadableFile, first_line
+from distill_assets.foundation.errors import ModelError, TrainingError, first_line
 from distill_assets.foundation.files import PARTIAL
-from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.foundation.tokenizers import load_tokenizer
+from distill_assets.foundation.written_files import changed_files, foreign_files
 from distill_assets.student_model.saving import ADAPTER, RECORD_FILE, read_student
 
 AGAIN = "delete the folder, then `distill run` trains it again if it is still wanted"
 
 
 def verify_students(students: Path, on_file: FileListener) -> Iterator[Problem]:
-    """Problems of the folders in `students/`, current or not. Safetensors hold no checksums, so the record does;
-    of a student whose record has none a changed weight shows only where it is no number any more.
+    """Problems of the folders in `students/`, current or not. The record holds a SHA-256 of every other file. Of an
+    older student, whose record has none, a changed weight shows only where it is no number any more.
     """
     for folder in sorted(students.glob("*")):
         if folder.name.startswith(PARTIAL):
@@ -41,26 +41,29 @@ def _verify_student(folder: Path, on_file: FileListener) -> Iterator[Problem]:
         saved = ModelFolder(folder.name, folder, None)
         saved.config()
         load_tokenizer(saved)
-        files = [*saved.weight_files(), *sorted((folder / ADAPTER).glob("*.safetensors"))]
+        weights = [*saved.weight_files(), *sorted((folder / ADAPTER).glob("*.safetensors"))]
     except (TrainingError, ModelError) as error:
         reason = str(error).partition("; ")[0]
         yield Problem("damaged", folder, f"{reason.removeprefix(f'{folder.name}: ')}; {AGAIN}")
         return
-    for file in files:
-        on_file(file)
-        if (found := _weights_problem(file, record.weights.get(file.relative_to(folder).as_posix()))) is not None:
-            yield Problem("damaged", file, f"{found}; {AGAIN}")
+    yield from changed_files(folder, record.files, RECORD_FILE, AGAIN, on_file)
+    if record.knows_all_files:
+        yield from foreign_files(folder, {*record.files, RECORD_FILE})
+        return
+    for file in weights:
+        if file.relative_to(folder).as_posix() not in record.files:
+            on_file(file)
+            if (found := _weights_problem(file)) is not None:
+                yield Problem("damaged", file, f"{found}; {AGAIN}")
 
 
-def _weights_problem(file: Path, sha256: str | None) -> str | None:
-    """Reads the file tensor by tensor; its header says how long it must be. `sha256`: as it was written, if known."""
+def _weights_problem(file: Path) -> str | None:
+    """Reads the file tensor by tensor; its header says how long it must be."""
     try:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (a handle, not a mapping)
                 if not torch.isfinite(weights.get_tensor(name)).all():
                     return f"weights {name} are not finite"
-        if sha256 is not None and content_hash(file) != sha256:
-            return f"its bytes are not those that were written ({RECORD_FILE} has their SHA-256)"
-    except (OSError, SafetensorError, UnreadableFile) as error:
+    except (OSError, SafetensorError) as error:
         return f"cannot be read to its end ({first_line(error)})"
     return None

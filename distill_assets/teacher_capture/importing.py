@@ -124,7 +124,7 @@ def _rows(source: Path, foreign: ForeignRows, on_progress: ProgressListener) -> 
     seen: dict[str, tuple[int, bytes]] = {}
     for line, value in read_json_lines(source):
         if line % LINES_A_REPORT == 0:
-            on_progress(Progress("import", line, max(line, total), "line", time.monotonic() - began))
+            on_progress(Progress("import", line, max(line, total), "lines", time.monotonic() - began))
         row = foreign.read(line, value)
         if isinstance(row, BadRow):
             raise InterchangeError(f"{source} line {line}: {row.reason}\nnothing was imported")

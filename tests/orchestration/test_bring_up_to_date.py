@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from distill_assets.orchestration.partitions import recorded_version, recorded_v
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import shown_by
 from distill_assets.orchestration.states import AssetStates
-from distill_assets.orchestration.status import home_status, what_follows
+from distill_assets.orchestration.status import home_status, what_follows, what_is_refused
 from tests import tiny
 from tests.bench import edit, put_back
 from tests.devices import DEVICES
@@ -253,6 +254,31 @@ def test_the_plan_says_what_follows_the_captures(fresh: Path) -> None:
     assert following() == [("capture_catalog", False), students[0], students[2]]
     tiny.write_jsonl(shard(fresh, "s0"), [{"nothing": 1}])  # it leaves the catalog, and stops the students
     assert following() == [("capture_catalog", False)]
+
+
+def test_the_plan_says_what_a_run_would_refuse(fresh: Path) -> None:
+    def foreseen() -> tuple[str, list[str]]:
+        pipeline = Pipeline(Home(fresh))
+        plan = pipeline.plan()
+        return what_is_refused(pipeline, plan), [f.asset for f in what_follows(pipeline, plan)]
+
+    assert foreseen() == ("", [])
+    settings = (fresh / "distill.yaml").read_text()
+    for data, said in (
+        ({"heldout": ["*"]}, "there are no training shards"),
+        ({"heldout": ["nothing*"]}, "there is no held-out shard"),
+        ({"shards": "nowhere/*"}, "there are no shards"),
+    ):
+        edit(fresh, data=data)
+        refused, following = foreseen()
+        assert refused.startswith(said) and not {"student_model", "student_evaluation"} & set(following)
+        with pytest.raises(DistillError, match=re.escape(refused)):
+            run(fresh)
+        (fresh / "distill.yaml").write_text(settings)
+    report = json.loads((fresh / "tokenizer_report.json").read_text())
+    refusal = {"usable": False, "verdict": "incompatible", "reasons": ["other ids"]}
+    (fresh / "tokenizer_report.json").write_text(json.dumps(report | refusal))
+    assert foreseen() == ("incompatible: other ids", [])
 
 
 def test_a_check_that_cannot_be_made_says_why(fresh: Path) -> None:

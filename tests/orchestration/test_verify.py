@@ -64,8 +64,9 @@ def test_a_home_with_history_has_no_problem(home: Home) -> None:
     steps = []
     report = verify(home, steps.append)
     assert report.problems == ()
-    # Five captures, the catalog, the verdict, two pairs of students (record and weights), two reports of four.
-    assert report.files == 4 + 1 + 1 + 4 * 2 + 2 * 4
+    of_students = sum(path.is_file() for path in home.students.rglob("*"))
+    # Four captures, the catalog, the verdict, two pairs of students (all files), two reports of four.
+    assert report.files == 4 + 1 + 1 + of_students + 2 * 4
     assert len(steps) == report.files and all(step.done <= step.total for step in steps)
 
 
@@ -236,9 +237,31 @@ def test_bits_that_no_format_has_a_checksum_for(home: Home) -> None:
     Pipeline(home).refresh_catalog()  # it reads no file a second time, nor takes on what it has become
     assert found(home) == expected
     record = json.loads((weights.parent / RECORD_FILE).read_text())
+    hashes = record.pop("files")
+    record["weights"] = {weights.name: hashes[weights.name]}
+    (weights.parent / RECORD_FILE).write_text(json.dumps(record))  # a student of which only those are known
+    assert found(home) == expected
     del record["weights"]
     (weights.parent / RECORD_FILE).write_text(json.dumps(record))  # a student trained before there were hashes
     assert found(home) == expected[:1]
+
+
+def test_each_file_of_a_student_and_a_report_and_those_that_nobody_wrote(home: Home) -> None:
+    student, report = min(home.students.iterdir()), min(home.reports.iterdir())
+    texts = [student / "README.md", student / "generation_config.json", report / "report.html", report / "summary.md"]
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7))  # it still loads
+    for text in texts:
+        flip(text, text.stat().st_size // 2)
+    (student / "notes").mkdir()
+    foreign = [student / "notes" / "mine.txt", report / "mine.txt"]
+    for file in foreign:
+        file.write_text("mine")
+    damaged = [("damaged", below(home, path)) for path in [*texts, student / "tokenizer.json"]]
+    orphaned = [("orphaned", below(home, path)) for path in foreign]
+    assert found(home) == sorted(damaged + orphaned)
+    (student / "README.md").unlink()
+    assert ("missing", below(home, student / "README.md")) in found(home)
 
 
 def test_students_reports_and_a_verdict_that_are_gone(home: Home) -> None:
