@@ -83,7 +83,9 @@ class Passes:
 
 
 def pass_tokens(device: torch.device) -> int:
-    """Padded tokens in one forward and backward pass, unless somebody says otherwise."""
+    """Padded tokens in one forward and backward pass, unless somebody says otherwise: on a CPU the default of a whole
+    step. Neither number was measured.
+    """
     return 2048 if device.type == "cpu" else 8192
 
 
@@ -122,8 +124,10 @@ def random_state(device: torch.device) -> Callable[[], None]:
 
 
 @contextmanager
-def room_for_student(device: torch.device, parameters: int | None = None) -> Iterator[None]:
-    """TrainingError where memory runs out for what passes of fewer tokens do not make smaller."""
+def room_for_student(device: torch.device, model: PreTrainedModel | None = None) -> Iterator[None]:
+    """TrainingError where memory runs out for what passes of fewer tokens do not make smaller: the weights, or, of a
+    `model` that is there, what AdamW keeps with them.
+    """
     try:
         yield
     except (RuntimeError, MemoryError, DistillError) as error:
@@ -132,7 +136,8 @@ def room_for_student(device: torch.device, parameters: int | None = None) -> Ite
     else:
         return
     what = "the student's weights"
-    if parameters is not None:
-        gib = 16 * parameters / 2**30
-        what += f", gradients and AdamW's moments ({parameters:,} parameters of 16 bytes: {gib:,.1f} GiB)"
+    if model is not None:
+        n, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+        gib = (4 * n + 12 * trained) / 2**30
+        what += f", gradients and AdamW's moments ({n:,} parameters, {trained:,} of them trained: {gib:,.2f} GiB)"
     raise TrainingError(f"{device} has no memory left for {what}\ntake a smaller student, or a device with more")

@@ -144,7 +144,7 @@ def train_student(
             before = told_by_first(latest_checkpoint(checkpoints) if trainer.is_world_process_zero() else None)
         if events is not None and trainer.is_world_process_zero():
             trainer.add_callback(stack.enter_context(closing(EventLog(trainer, events))))
-        with room_for_student(target, model.num_parameters(only_trainable=True)):
+        with room_for_student(target, model):
             trainer.train(resume_from_checkpoint=str(before) if before else None)
     stopping = _keep_the_best(trainer, spec, len(plan)) if spec.training.early_stopping is not None else None
     if not are_finite(module):
@@ -378,7 +378,8 @@ class DistillationTrainer(Trainer):
             if self.args.world_size > 1:
                 raise TrainingError(
                     f"process {self.args.process_index} on {self.args.device} has no memory left for a pass of "
-                    f"{self.passes.tokens:,} tokens, and the others wait for it\nset pass_tokens to half of that"
+                    f"{self.passes.tokens:,} tokens, and no process can go on alone\n"
+                    f"set pass_tokens of the run configuration to {self.passes.tokens // 2}, or train in one process"
                 )
             self.passes.take_less(rows)
         loss, kd, ce = self.accelerator.reduce(total, reduction="sum").tolist()
