@@ -68,6 +68,7 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
     notes.write_text("kept")
     (home.captures / "table.parquet").write_bytes(b"mine")
     (home.comparisons / ("a" * 16)).mkdir(parents=True)
+    (home.tensorboard / "notes").mkdir()
     dry = collect_garbage(home, dry_run=True)
     assert files(home) - before == {"students/notes/mine.txt", "captures/table.parquet"} and not before - files(home)
 
@@ -84,6 +85,8 @@ def test_superseded_captures_students_and_reports_go(home: Home) -> None:
         "comparison": 1,
     }
     assert not list(home.comparisons.iterdir())
+    wanted = StudentSide(Pipeline(home)).ids
+    assert {path.name for path in home.tensorboard.iterdir()} == {"notes", *(f"{k}-{i}" for k, i in wanted.items())}
     gone = before - files(home)
     assert sum(r.bytes for r in report.removed) == report.bytes > 0
     assert not old_captures.exists() and notes.read_text() == "kept" and (home.captures / "table.parquet").exists()

@@ -17,7 +17,6 @@ from distill_assets.foundation.errors import SettingsError
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.progress import Progress
 from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
-from distill_assets.orchestration.garbage import collect_garbage
 from distill_assets.orchestration.instance import open_instance
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.progress import FIRST_SECONDS, shown_by
@@ -78,16 +77,6 @@ def test_a_watched_training_is_seen_while_it_runs_and_told_of_after(tmp_path: Pa
     assert any(stopped_early)
     assert {use.shard for use in read_student(home.students / report.student_id).spec.captures} == {"s0", "s1"}
     assert bring_up_to_date(defs, home, device="cpu").materialized == []
-
-    edit(home.root, training={"lora": None})
-    assert bring_up_to_date(defs, home, device="cpu").student_id != report.student_id
-    (home.tensorboard / "notes").mkdir()
-    gone = {removal.path for removal in collect_garbage(home, dry_run=False).removed if removal.kind == "events"}
-    assert gone == {
-        home.tensorboard / f"student-{report.student_id}",
-        home.tensorboard / f"control-{report.control_id}",
-    }
-    assert len(list(home.tensorboard.iterdir())) == 3 and not any(path.exists() for path in gone)
 
 
 def test_a_home_without_validation_rows_is_refused_before_the_teacher_is_paid_for(bench: Bench) -> None:
