@@ -134,7 +134,7 @@ def write_report(
         completions=completions,
         n_bins=N_BINS,
         replicates=REPLICATES,
-        fewest_rows=min(part.n_rows for part in (*evaluation.shards, *evaluation.entropy_bins)),
+        fewest_rows=min([*(s.n_rows for s in evaluation.shards), *(b.n_rows for b in evaluation.entropy_bins)]),
         written_tokens=WRITTEN_TOKENS,
         pictures=[
             {"name": name, "source": data_uri(png), **_captions(evaluation, details)[name]}
