@@ -307,7 +307,7 @@ class StudentSide:
         from distill_assets.student_evaluation.report import Heldout, ReportDetails, TrainedOn
 
         spec, student = self.pipeline.spec, trained["student"]
-        learnt = {row.key for e in self._entries("train") for row in read_row_keys(e.capture.path)}
+        learnt = {row.key for choice in self._choices("train") for row in choice.row_keys()}
         heldout = tuple(
             Heldout(
                 shard=c.shard,

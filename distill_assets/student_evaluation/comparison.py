@@ -22,6 +22,7 @@ from distill_assets.student_evaluation.bootstrap import Estimate, Resampled
 from distill_assets.student_evaluation.identity import CONTROL, JSON_FILE, ROWS_FILE, STUDENT
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.per_row import RowSums
+from distill_assets.student_model.identity import TARGETS_ONLY
 from distill_assets.student_model.saving import RECORD_FILE, StudentRecord, read_student
 
 
@@ -74,6 +75,13 @@ class Comparison:
     @property
     def measures(self) -> tuple[Metric, ...]:
         return tuple(BY_KEY[key] for key in self.metrics)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Beginnings of the ids, as long as it takes to tell them apart."""
+        ids = [s.student_id for s in self.students]
+        length = next(n for n in range(8, 17) if len({i[:n] for i in ids}) == len(ids))
+        return {i: i[:length] for i in ids}
 
     def to_json(self) -> dict[str, Any]:
         meanings = {m.key: {"label": m.label, "unit": m.unit, "meaning": m.meaning} for m in self.measures}
@@ -192,14 +200,18 @@ def _comparable(chosen: Sequence[Measured]) -> tuple[list[Metric], tuple[str, ..
 def _figures(
     ids: Sequence[str], chosen: Sequence[Measured], records: Sequence[StudentRecord], metrics: Sequence[Metric]
 ) -> tuple[tuple[Compared, ...], int, int]:
-    """Figures and differences from the first, from the same replicates; rows are joined by their keys."""
-    orders = [np.argsort(np.array(m.per_row.keys), kind="stable") for m in chosen]
+    """Figures and differences from the first, from the same replicates; rows are joined by their keys.
+
+    They stay in the order of the first student's report, so that its intervals are those of that report.
+    """
+    by_key = [np.argsort(np.array(m.per_row.keys), kind="stable") for m in chosen]
+    place_R = np.argsort(by_key[0])
     values = {
-        (i, metric.key): m.per_row.sums[m.name, metric.key][order]
-        for i, m, order in zip(ids, chosen, orders, strict=True)
+        (i, metric.key): m.per_row.sums[m.name, metric.key][order_R[place_R]]
+        for i, m, order_R in zip(ids, chosen, by_key, strict=True)
         for metric in metrics
     }
-    positions_R = chosen[0].per_row.positions_R[orders[0]]
+    positions_R = chosen[0].per_row.positions_R
     found = Resampled.of(np.stack([positions_R.astype(np.float64), *values.values()], axis=1), list(values))
     compared = tuple(
         Compared(
@@ -225,11 +237,14 @@ def _what_differs(records: Sequence[StudentRecord]) -> dict[str, tuple[str, ...]
 
 
 def _settings(record: StudentRecord) -> dict[str, str]:
+    """What made a student, without what makes no difference to one of its kind."""
     spec = record.spec
+    without = TARGETS_ONLY if spec.kind == "control" else set()
     captures = {used.shard: used for used in spec.captures}
     values: dict[str, Any] = {"kind": spec.kind, "teacher": spec.teacher}
     values |= {f"student.{name}": value for name, value in spec.origin.model_dump(exclude_none=True).items()}
     values |= {f"targets.{name}": value for name, value in spec.targets.items()}
-    values |= {f"training.{name}": value for name, value in spec.training.model_dump().items()}
+    values |= {f"training.{name}": value for name, value in spec.training.model_dump(exclude=without).items()}
+    values["data.capture"] = ", ".join(sorted({used.capture_id for used in spec.captures}))
     values |= {f"data.{shard}": f"{used.version[:12]}, {used.rows} rows" for shard, used in captures.items()}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}

@@ -18,7 +18,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     # matplotlib takes most of a second, and whoever only asks for help draws nothing.
     from distill_assets.student_evaluation.plots import draw_comparison
 
-    picture = draw_comparison({s.student_id: s.figures for s in comparison.students}, comparison.measures)
+    names = comparison.names
+    models = {f"{names[s.student_id]} {s.kind}": s.figures for s in comparison.students}
+    picture = draw_comparison(models, comparison.measures)
     page = template("comparison.html.jinja").render(
         comparison=comparison,
         figures=figure_rows(comparison),
@@ -37,7 +39,7 @@ def figure_rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row a student, ready to print; column headings are the keys, intervals are 95%."""
     return [
         {
-            "student": s.student_id,
+            "student": comparison.names[s.student_id],
             "kind": s.kind,
             **{column(m): write_estimate(m, s.figures[m.key]) for m in comparison.measures},
             "positions": f"{comparison.n_positions:,}",
@@ -49,10 +51,11 @@ def figure_rows(comparison: Comparison) -> list[dict[str, str]]:
 
 def difference_rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row a student but the first: it minus the first, shares in percentage points."""
-    others = comparison.students[1:]
+    first, *others = comparison.students
+    names = comparison.names
     return [
         {
-            "difference": f"{s.student_id} {MINUS} first",
+            "difference": f"{names[s.student_id]} {MINUS} {names[first.student_id]}",
             **{
                 column(m, difference=True): write_estimate(m, s.differences[m.key], signed=True)
                 for m in comparison.measures
@@ -64,5 +67,5 @@ def difference_rows(comparison: Comparison) -> list[dict[str, str]]:
 
 def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
     """One row a setting that is not the same for all, a column a student."""
-    ids = [s.student_id for s in comparison.students]
-    return [{"setting": name, **dict(zip(ids, values, strict=True))} for name, values in comparison.settings.items()]
+    names = comparison.names.values()
+    return [{"setting": name, **dict(zip(names, values, strict=True))} for name, values in comparison.settings.items()]

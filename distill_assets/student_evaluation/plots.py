@@ -70,7 +70,7 @@ def draw_pictures(evaluation: Evaluation, curves: Mapping[str, Curve]) -> dict[s
 
 
 def draw_comparison(models: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[Metric]) -> bytes:
-    """`draw_metrics` of students by id, in a style of our own."""
+    """`draw_metrics` of students by name, whose last word is their kind, in a style of our own."""
     with rc_context(_STYLE):
         return draw_metrics(models, metrics)
 
@@ -105,12 +105,13 @@ def _metric_panel(ax: Axes, metric: Metric, figures: Mapping[str, Estimate | Non
     unit = f"{metric.unit}, " if metric.unit else ""
     if metric.key == "perplexity" and max(values) > 10 * min(values):
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         ax.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
         unit = "log scale, "
     else:
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     ax.set_xlabel(f"{unit}{metric.better} is better")
 
 
@@ -205,11 +206,15 @@ def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
 
 
 def _colour(name: str) -> str:
-    return _COLOURS.get(name, "#6b4fa0")
+    return _COLOURS[_kind(name)]
 
 
 def _marker(name: str) -> str:
-    return _MARKERS.get(name, "^")
+    return _MARKERS[_kind(name)]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(" ")[2]
 
 
 def _png(figure: Figure) -> bytes:

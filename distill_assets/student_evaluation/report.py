@@ -135,6 +135,7 @@ def write_report(
         completions=completions,
         n_bins=N_BINS,
         replicates=REPLICATES,
+        fewest_rows=min([*(s.n_rows for s in evaluation.shards), *(b.n_rows for b in evaluation.entropy_bins)]),
         written_tokens=WRITTEN_TOKENS,
         pictures=[
             {"name": name, "source": data_uri(png), **_captions(evaluation, details)[name]}
@@ -253,7 +254,7 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
             "title": "Training",
             "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
             "update, and their running mean over a twentieth of them, in nats a supervised position of the step's "
-            "rows, multiplied by the rows' weights. What the student minimises is kd_weight × distillation loss + "
+            "rows, multiplied by its weight. What the student minimises is kd_weight × distillation loss + "
             "(1 − kd_weight) × cross-entropy, the control its cross-entropy.",
             "alt": "Falling lines of training loss over optimiser steps.",
         },

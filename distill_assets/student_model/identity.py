@@ -13,7 +13,7 @@ from distill_assets.student_model.vocabulary import StudentVocabulary
 StudentKind = Literal["student", "control"]
 
 RECIPE = 1  # raised when the same settings come to mean other arithmetic
-_TARGETS_ONLY = {
+TARGETS_ONLY = {
     "objective",
     "temperature",
     "kd_weight",
@@ -54,7 +54,7 @@ def student_id(
     """
     control = kind == "control"
     learning = training.effective(targets)
-    left_out = {"mixture", *(_TARGETS_ONLY if control else ())}  # what a mixture comes to, the rows say
+    left_out = {"mixture", *(TARGETS_ONLY if control else ())}  # what a mixture comes to, the rows say
     return digest(
         {
             "recipe": RECIPE,
