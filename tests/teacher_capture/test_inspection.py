@@ -126,8 +126,9 @@ def test_every_flipped_bit_is_noticed_unless_it_changes_nothing(captured: tuple[
             assert at < footer_start(whole) or b"distill_footer_sha256" not in path.read_bytes()
     assert noticed > 22
     with_a_bit_flipped(path, whole, len(whole) - 12, 3)
-    [plan] = plan_capture(bench.spec, shards, bench.store, ()).shards
-    assert plan.state == "failed" and plan.rows_to_capture == 80  # it is made again, and stops nothing else
+    plans = {plan.shard: plan for plan in plan_capture(bench.spec, shards, bench.store, ()).shards}
+    assert (plans["s0"].state, plans["s0"].rows_to_capture) == ("failed", 80)
+    assert plans["heldout"].state == "new"  # it stops nobody else
 
 
 def test_a_file_without_a_seal_is_read_and_its_damage_is_never_a_crash(captured: tuple[Bench, Path]) -> None:
@@ -137,7 +138,7 @@ def test_a_file_without_a_seal_is_read_and_its_damage_is_never_a_crash(captured:
     rewrite(path, lambda table: table)
     whole, random = path.read_bytes(), np.random.default_rng(1)
     unsealed = readings(path, targets)
-    assert all(unsealed[name] == before[name] for name in ("rows", "keys")) and unsealed["capture"] is not None
+    assert all(unsealed[name] == before[name] for name in ("rows", "to learn from")) and unsealed["capture"] is not None
     for at in random.integers(footer_start(whole), len(whole), 12):
         with_a_bit_flipped(path, whole, int(at), int(random.integers(8)))
         readings(path, targets)
