@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.teacher_capture.arrow import to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.chunks import Chunk, ChunkFolder, Cost, Figures
 from distill_assets.teacher_capture.reuse import captured_rows
@@ -24,10 +23,9 @@ def unfinished(bench: Bench) -> tuple[ChunkFolder, Chunk, Path]:
     path = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu").capture.path
     rows = read_rows(path)
     spec, shard = bench.spec, bench.shards["s0"]
-    folder = ChunkFolder(bench.store.unfinished(spec.capture_id, "s0", shard.version), spec.targets)
+    folder = ChunkFolder(bench.store.unfinished(spec.capture_id, "s0", shard.version), spec.targets, spec.identity)
     chunk = Chunk(0, encode_shard(shard, spec.encoder).rows)
-    table = to_arrow(rows, spec.targets)
-    folder.write(chunk, table, Figures.of(rows, Cost(len(rows), 100, 0.5)), {"0123456789abcdef"})
+    folder.write(chunk, rows, Figures.of(rows, Cost(len(rows), 100, 0.5)), {"0123456789abcdef"})
     return folder, chunk, path.rename(bench.home.root / path.name)
 
 
