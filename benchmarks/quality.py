@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from distillation.arms import ARMS, BY_NAME, DENSE, HARD, QUICK_ARMS
 from distillation.figures import Interval, best_arms, gap_shares, over_seeds
 from distillation.gradients import figures_file
@@ -47,7 +46,6 @@ MEASURES = ("nll", "kl")
 
 def main() -> None:
     options = parse_options()
-    torch.set_num_threads(options.jobs)
     setting = QUICK if options.quick else FULL
     arms = [arm for arm in ARMS if not options.quick or arm.name in QUICK_ARMS]
     shop, captures = prepare(setting, options.cache, arms, say)
