@@ -6,10 +6,10 @@ BENCHMARKS := capture_speed storage kinds kill capture_reuse losses student_step
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-live check ui bench clean
+.PHONY: help setup demo test test-live check ui bench bench-quality clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## build .venv; does nothing when it is up to date
 
@@ -43,6 +43,10 @@ ui: setup  ## Dagster's web UI and daemon for data/
 
 bench: setup  ## every benchmark, one after another; each prints a table; run one by hand with --json for JSON
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@$(BIN)/python benchmarks/quality.py --quick
+
+bench-quality: setup  ## which targets make the best student, all of it; hours, and goes on where it was stopped
+	$(BIN)/python benchmarks/quality.py --plot benchmarks/quality.svg
 
 clean:  ## remove .venv and caches; data/ is never touched
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

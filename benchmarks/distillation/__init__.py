@@ -1,0 +1,1 @@
+"""The parts of the quality benchmark: text, teacher, arms, students, figures, picture."""

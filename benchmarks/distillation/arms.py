@@ -1,0 +1,69 @@
+"""What is compared: the targets a student learns from, and the loss it learns by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HARD, DENSE = "cross-entropy", "dense"  # what a teacher can add lies between these two
+FAMILIES = ("renormalised", "top-k", "floor", "tail samples", "sampled", "threshold", "kd_weight 0.9")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`targets` as in distill.yaml, None for the two ends; `mixture`: what differs from the loss's defaults."""
+
+    name: str
+    family: str
+    targets: Mapping[str, Any] | None = None
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() or c == "." else "-" for c in self.name)
+
+
+def _top_k(k: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "top_k", "k": k, **more}
+
+
+def _floor(p: float, samples: int, weight: float) -> Arm:
+    targets = _top_k(64, min_probability=p, tail_samples=samples)
+    name = f"p >= {p:g}, {samples} tail samples, lambda {weight:g}"
+    return Arm(name, "tail samples", targets, {"tail_sample_weight": weight})
+
+
+_FLOORS = (0.01, 0.002)
+
+ARMS: tuple[Arm, ...] = (
+    Arm(HARD, HARD),
+    Arm(DENSE, DENSE),
+    *[Arm(f"renormalised top-{k}", "renormalised", _top_k(k), {"objective": "renormalized"}) for k in (12, 32, 50)],
+    *[Arm(f"top-{k}", "top-k", _top_k(k)) for k in (8, 16, 32, 64)],
+    *[Arm(f"p >= {p:g}", "floor", _top_k(64, min_probability=p)) for p in _FLOORS],
+    *[_floor(p, samples, weight) for p in _FLOORS for samples in (2, 4) for weight in (0.25, 0.5, 1.0)],
+    *[Arm(f"sampled {n}", "sampled", {"kind": "sampled", "samples": n}) for n in (16, 50)],
+    *[Arm(f"threshold {tau:g}", "threshold", {"kind": "threshold", "tau": tau}) for tau in (0.1, 0.05)],
+    # With the token that came, as the product trains by default: it says something of the tail, too.
+    *[
+        Arm(f"{name}, kd_weight 0.9", "kd_weight 0.9", targets, {"kd_weight": 0.9})
+        for name, targets in (
+            ("top-16", _top_k(16)),
+            ("top-64", _top_k(64)),
+            *[(f"p >= {p:g}", _top_k(64, min_probability=p)) for p in _FLOORS],
+        )
+    ],
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+# What a run of minutes compares.
+QUICK_ARMS = (
+    HARD,
+    DENSE,
+    "renormalised top-12",
+    "top-8",
+    "top-64",
+    "p >= 0.01",
+    "p >= 0.01, 4 tail samples, lambda 0.5",
+)
