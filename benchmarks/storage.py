@@ -1,8 +1,9 @@
 """Bytes of a stored position on disk, what rounding loses, and how fast it reads back into training tensors.
 
-One capture of real text by SmolLM2-135M with exact log-probabilities is written in each way, everything
+One capture of real text by SmolLM2-135M with exact log-probabilities is published in each way, everything
 included: ids of the rows, positions, tail, gold, entropy, footer. `KL lost` is the mean KL(exact || stored)
-over the kept ids and one bucket for the rest. Reading back is a full scan into padded tensors, by turns.
+over the kept ids and one bucket for the rest. Reading back is what a training does, seals and checksums checked,
+the whole file into padded tensors, by turns with JSONL of the same ids.
 """
 
 from __future__ import annotations
@@ -10,27 +11,47 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from workload import BenchHome, all_targets, arguments, by_turns, real_rows, scratch, show, smollm2
+from workload import BenchHome, all_targets, arguments, by_turns, publish, real_rows, scratch, show, smollm2
 
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.student_model.batches import collate
-from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, from_arrow, parquet_writer, to_arrow
+from distill_assets.teacher_capture.arrow import to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.interchange import export_jsonl
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import read_rows
+from distill_assets.teacher_capture.store import Capture, read_rows
 
 K = 32
 PASSES = 10  # over a file in one timing: a store is seconds of reading, not the milliseconds in which threads wake up
+PRECISIONS = ("compact", "exact")
 SCAN_ROWS = 16  # rows of one batch of training tensors: about the 2,048 tokens that `training.batch_tokens` holds
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Some of the ids of an exact capture, and in which precisions they are stored."""
+
+    name: str
+    targets: TargetSettings
+    precisions: Sequence[str] = PRECISIONS
+
+    def of(self, rows: Sequence[CapturedRow]) -> list[CapturedRow]:
+        narrow = lambda targets: targets.narrowed(self.targets.k, self.targets.min_probability)  # noqa: E731
+        return [replace(row, targets=narrow(row.targets)) for row in rows]
+
+
+KEPT = (
+    Kept(f"k = {K}", TargetSettings(k=K)),
+    Kept("p >= 0.01, k <= 64", TargetSettings(k=64, min_probability=0.01), ("compact",)),
+)
 
 
 def main() -> None:
@@ -44,53 +65,47 @@ def main() -> None:
         home.write("s", all_targets(real_rows(teacher, options.tokens)))
         capture = capture_shard(home.spec, home.shards()["s"], home.store).capture
         exact = read_rows(capture.path)
-        top = narrowed(exact, K)
-        likely = narrowed(exact, 64, 0.01)
-        ways = {
-            f"compact, k = {K}": write(folder / "k.parquet", top, "compact"),
-            "compact, p >= 0.01, k <= 64": write(folder / "p.parquet", likely, "compact"),
-            f"exact, k = {K}": write(folder / "e.parquet", top, "exact"),
-            f"plain float16 + int32 Parquet, k = {K}": write_plain(folder / "plain.parquet", top),
+        results = [line for kept in KEPT for line in measure(home, capture, kept, kept.of(exact), options.repeats)]
+    show("storage", results, options.json, positions=capture.stats.supervised_tokens)
+
+
+def measure(
+    home: BenchHome, capture: Capture, kept: Kept, rows: Sequence[CapturedRow], repeats: int
+) -> list[dict[str, Any]]:
+    """A line for each way to store these rows."""
+    precise = {p: write(home, capture, kept.targets.model_copy(update={"precision": p}), rows) for p in PRECISIONS}
+    stored = {precision: precise[precision] for precision in kept.precisions}
+    jsonl = home.home.root / "kept.jsonl"
+    export_jsonl([precise["exact"]], jsonl)
+    plain = write_plain(home.home.root / "plain.parquet", rows)
+    scans: dict[str, Callable[[], None]] = {
+        "JSONL": lambda: passes(scan_jsonl, jsonl),
+        **{name: (lambda path=c.path: passes(scan, path)) for name, c in stored.items()},  # type: ignore[misc]
+    }
+    seconds = by_turns(scans, repeats)
+    files = {name: c.path for name, c in stored.items()} | {"plain float16 + int32 Parquet": plain, "JSONL": jsonl}
+    positions = sum(row.targets.n_positions for row in rows)
+    ids = sum(len(row.targets.support_ids_N) for row in rows)
+    return [
+        {
+            "way": f"{name}, {kept.name}",
+            "bytes a position": path.stat().st_size / positions,
+            "ids a position": ids / positions,
+            "KL lost": kl_lost(rows, read_rows(path)) if name in stored else None,
+            "read tokens/s": PASSES * positions / statistics.median(seconds[name]) if name in seconds else None,
+            "times JSONL": speed_up(seconds["JSONL"], seconds[name]) if name in seconds else None,
         }
-        capture_of_top = replace(capture, path=folder / "e.parquet")
-        export_jsonl([capture_of_top], folder / "k.jsonl")
-        ways[f"JSONL, k = {K}"] = folder / "k.jsonl"
-        scans: dict[str, Callable[[], None]] = {
-            way: (lambda path=path: passes(scan_jsonl if path.suffix == ".jsonl" else scan, path))  # type: ignore[misc]
-            for way, path in ways.items()
-            if not way.startswith("plain")
-        }
-        seconds = by_turns(scans, options.repeats)
-        slowest = f"JSONL, k = {K}"
-        positions = sum(row.targets.n_positions for row in exact)
-        results = []
-        for way, path in ways.items():
-            given = likely if "0.01" in way else top
-            line: dict[str, Any] = {
-                "way": way,
-                "bytes a position": path.stat().st_size / positions,
-                "ids a position": sum(len(r.targets.support_ids_N) for r in given) / positions,
-                "KL lost": kl_lost(given, read_rows(path)) if way.startswith(("compact", "exact")) else None,
-                "read tokens/s": None,
-                "times JSONL": None,
-            }
-            if way in seconds:
-                line["read tokens/s"] = PASSES * positions / statistics.median(seconds[way])
-                pairs = zip(seconds[slowest], seconds[way], strict=True)
-                line["times JSONL"] = statistics.median(j / s for j, s in pairs)
-            results.append(line)
-    show("storage", results, options.json, positions=positions)
+        for name, path in files.items()
+    ]
 
 
-def narrowed(rows: Sequence[CapturedRow], k: int, min_probability: float = 0.0) -> list[CapturedRow]:
-    return [replace(row, targets=row.targets.narrowed(k, min_probability)) for row in rows]
+def speed_up(slow: Sequence[float], fast: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def write(path: Path, rows: Sequence[CapturedRow], precision: Literal["compact", "exact"]) -> Path:
-    targets = TargetSettings(precision=precision)
-    with parquet_writer(path, targets) as writer:
-        writer.write_table(to_arrow(rows, targets))
-    return path
+def write(home: BenchHome, capture: Capture, targets: TargetSettings, rows: Sequence[CapturedRow]) -> Capture:
+    """These rows as a capture of these targets."""
+    return publish(home, capture, capture.shard, capture.version, to_arrow(rows, targets), targets)
 
 
 def write_plain(path: Path, rows: Sequence[CapturedRow]) -> Path:
@@ -127,24 +142,27 @@ def passes(scan_once: Callable[[Path], None], path: Path) -> None:
 
 def scan(path: Path) -> None:
     """Every row of a capture as the batches a student is trained on."""
-    with pq.ParquetFile(path) as file:
-        columns = [name for name in file.schema_arrow.names if name not in NOT_LEARNT_FROM]
-        for group in range(file.num_row_groups):
-            rows = from_arrow(file.read_row_group(group, columns))
-            for start in range(0, len(rows), SCAN_ROWS):
-                collate(rows[start : start + SCAN_ROWS], with_targets=True)
+    rows = read_rows(path, to_learn_from=True)
+    for start in range(0, len(rows), SCAN_ROWS):
+        collate(rows[start : start + SCAN_ROWS], with_targets=True)
 
 
 def scan_jsonl(path: Path) -> None:
-    """The same tensors from JSONL, without a detour."""
+    """The same numbers from JSONL, a tensor a row, without a detour."""
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
             torch.tensor(row["input_ids"])
-            ids = [ids for ids in row["topk_ids"] if ids]
-            torch.tensor(ids)
-            torch.tensor([values for values in row["topk_logprobs"] if values])
+            torch.tensor(padded(row["topk_ids"], 0))
+            torch.tensor(padded(row["topk_logprobs"], -np.inf))
             torch.tensor([value for value in row["tail_logprob"] if value is not None])
+
+
+def padded(lists: Sequence[list[Any]], nothing: float) -> list[list[Any]]:
+    """The lists of supervised positions, all as long as the longest."""
+    filled = [values for values in lists if values]
+    k = max(map(len, filled))
+    return [values + [nothing] * (k - len(values)) for values in filled]
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_assets.dataset_shards.discover import Shard, discover_shards
 from distill_assets.demo import TEACHER, TEACHER_PACKAGE, convert_teacher, demo_corpus, find_gguf
+from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import resolve_model
 from distill_assets.foundation.progress import ignore_progress
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.foundation.tokenizers import load_tokenizer
 from distill_assets.teacher_capture.identity import CaptureSpec, capture_spec
 from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
@@ -90,15 +92,24 @@ def as_shard(home: BenchHome, capture: Capture, shard: str, version: str) -> Cap
     table = pq.read_table(capture.path)
     keys = [hashlib.md5(f"{version} {key}".encode()).hexdigest() for key in table["key"].to_pylist()]
     table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), pa.array(keys))
+    return publish(home, capture, shard, version, table, home.spec.targets)
+
+
+def publish(
+    home: BenchHome, capture: Capture, shard: str, version: str, table: pa.Table, targets: TargetSettings
+) -> Capture:
+    """Captured rows as a file of the store that says of itself what another capture says, its targets aside."""
+    identity = {**capture.identity, "targets": targets.identity}
+    capture_id = digest(identity)
     footer = {
-        "capture_id": capture.capture_id,
+        "capture_id": capture_id,
         "shard": shard,
         "version": version,
-        "identity": capture.identity,
+        "identity": identity,
         "teacher": capture.teacher,
         "created": capture.created,
     }
-    with home.store.publishing(capture.capture_id, shard, version, home.spec.targets) as file:
+    with home.store.publishing(capture_id, shard, version, targets) as file:
         file.append(table)
         file.describe(footer, capture.stats)
     return read_capture(file.path)

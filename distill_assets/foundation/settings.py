@@ -235,7 +235,7 @@ class TrainingSettings(Spec):
         0.5, ge=0.0, le=1.0, description="with tail_samples: 0 is the bucket alone, 1 no bias and the most variance"
     )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
-    learning_rate: float = Field(2.0e-4, gt=0.0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(2.0e-4, gt=0.0, le=1.0e30, description="peak learning rate of AdamW")
     warmup_ratio: float = Field(0.05, ge=0.0, le=1.0, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0.0, description="gradients are clipped to this norm")

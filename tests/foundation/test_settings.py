@@ -47,6 +47,11 @@ def test_an_unknown_section_lists_the_sections(tmp_path: Path) -> None:
         ("targets: {k: 0}", "targets.k", "greater than or equal to 1 (given: 0)"),
         ("targets: {kind: best}", "targets.kind", "(given: 'best')"),
         ("targets: {min_probability: 1.0}", "targets.min_probability", "less than 1 (given: 1.0)"),
+        (
+            "training: {learning_rate: 1.0e+38}",
+            "training.learning_rate",
+            f"less than or equal to {10**30} (given: 1e+38)",
+        ),
         ("training: {learning_rate: .nan}", "training.learning_rate", "finite number (given: nan)"),
         ("training: {where: ''}", "training.where", "at least 1 character (given: '')"),
         ("training: {mixture: {a*: -1}}", "training.mixture.a*", "greater than or equal to 0 (given: -1)"),

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from distill_assets.foundation.errors import StaleInputs
+from distill_assets.foundation.files import remove
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.progress import Progress
 from distill_assets.orchestration.pipeline import Pipeline
@@ -25,14 +27,12 @@ from tests.bench import Bench
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    root = tiny.make_home(
-        tmp_path_factory.mktemp("processes") / "home",
-        teacher_folder,
-        shards=2,
-        rows=9,
-        data={"validation": ["s1"]},
-        training={"epochs": 2},
-    )
+    return captured(tmp_path_factory.mktemp("processes") / "home", teacher_folder, epochs=2)
+
+
+def captured(root: Path, teacher_folder: Path, **training: Any) -> Path:
+    """A home to train in: one shard to learn from, one to validate on."""
+    tiny.make_home(root, teacher_folder, shards=2, rows=9, data={"validation": ["s1"]}, training=training)
     Pipeline(Home(root)).check_tokenizers()
     bench = Bench(root)
     for shard in bench.shards.values():
@@ -69,18 +69,49 @@ def listen(progress):
     print(progress.done, flush=True)
 
 students = StudentSide(Pipeline(Home(Path(sys.argv[1]))))
-students.train("student", device="cpu", force=True, processes=2, on_progress=listen)
+students.train("student", device="cpu", force=True, processes=2, on_progress=listen, checkpoint_seconds=0.0)
 """
 
 
-def test_processes_end_with_the_one_that_called_them(root: Path) -> None:
+def test_two_processes_stop_together_where_one_does(tmp_path: Path, teacher_folder: Path) -> None:
+    far_too_large: dict[str, Any] = {"learning_rate": 0.2, "early_stopping": 1, "validate_every": 2}
+    root = captured(tmp_path / "home", teacher_folder, epochs=9, **far_too_large)
+    students = StudentSide(Pipeline(Home(root)))
+    reports = []
+    for processes in (1, 2):
+        students.train("student", device="cpu", force=True, processes=processes)
+        reports.append(read_student(students.folder("student")).report)
+    alone, together = reports
+    assert alone.stopping is not None and together.stopping is not None
+    assert together.steps == alone.steps < alone.stopping.planned_steps
+    assert together.stopping.kept_step == alone.stopping.kept_step
+    assert together.stopping.kept_loss == pytest.approx(alone.stopping.kept_loss, rel=1e-3)
+
+
+def test_processes_end_with_the_one_that_called_them_and_go_on_from_their_checkpoint(root: Path) -> None:
+    """To the curve and the weights of two that nobody disturbed."""
+    students = StudentSide(Pipeline(Home(root)))
+    students.train("student", device="cpu", force=True, processes=2)
+    undisturbed, weights = read_student(students.folder("student")).report, trained(students)
     with subprocess.Popen([sys.executable, "-c", TRAIN, str(root)], stdout=subprocess.PIPE, text=True) as caller:
-        assert caller.stdout is not None and caller.stdout.readline()
+        assert caller.stdout is not None
+        while int(caller.stdout.readline()) < 3:
+            pass
         family = psutil.Process(caller.pid).children(recursive=True)
         assert len(family) >= 3  # the launcher and two that train
         os.kill(caller.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
+    remove(students.folder("student"))
+    seen: list[Progress] = []
+    students.train("student", device="cpu", force=False, processes=2, on_progress=seen.append)
+    assert 2 <= seen[0].done < undisturbed.steps and seen[-1].done == undisturbed.steps
+    assert read_student(students.folder("student")).report.curve == undisturbed.curve
+    assert trained(students) == weights
+
+
+def trained(students: StudentSide) -> bytes:
+    return (students.folder("student") / "model.safetensors").read_bytes()
 
 
 def test_what_a_process_raises_is_raised_here(root: Path, tmp_path: Path) -> None:

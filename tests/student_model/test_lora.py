@@ -45,6 +45,22 @@ def changed(start: PreTrainedModel, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_adapters_learn_the_same_from_layers_that_are_computed_twice(
+    teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path, device: str
+) -> None:
+    """The embeddings are frozen, so nothing that enters a layer asks for a gradient; its adapters do."""
+    kept, recomputed = (
+        train_student(
+            spec_of(lora=LORA, epochs=2, learning_rate=1e-2), fresh(teacher), tokenizer, rows, tmp_path / str(twice),
+            device=device, gradient_checkpointing=twice,
+        )
+        for twice in (False, True)
+    )  # fmt: skip
+    assert [p.loss for p in recomputed.curve] == pytest.approx([p.loss for p in kept.curve], rel=1e-5)
+    assert kept.curve[-1].loss < 0.99 * kept.curve[0].loss
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["student", "control"])
 def test_adapters_alone_are_trained_and_the_student_is_saved_as_any_other(
     teacher: ModelFolder, tokenizer: PreTrainedTokenizerFast, rows: list[CapturedRow], tmp_path: Path,
