@@ -34,26 +34,32 @@ def _floor(p: float, samples: int, weight: float) -> Arm:
     return Arm(name, "tail samples", targets, {"tail_sample_weight": weight})
 
 
+def _with_cross_entropy(arm: Arm) -> Arm:
+    """With the token that came, as the product trains by default: it says something of the tail, too."""
+    return Arm(f"{arm.name}, kd_weight 0.9", "kd_weight 0.9", arm.targets, {**arm.mixture, "kd_weight": 0.9})
+
+
 _FLOORS = (0.01, 0.002)
 
-ARMS: tuple[Arm, ...] = (
-    Arm(HARD, HARD),
-    Arm(DENSE, DENSE),
+_KD_ALONE: tuple[Arm, ...] = (
     *[Arm(f"renormalised top-{k}", "renormalised", _top_k(k), {"objective": "renormalized"}) for k in (12, 32, 50)],
     *[Arm(f"top-{k}", "top-k", _top_k(k)) for k in (8, 16, 32, 64)],
     *[Arm(f"p >= {p:g}", "floor", _top_k(64, min_probability=p)) for p in _FLOORS],
     *[_floor(p, samples, weight) for p in _FLOORS for samples in (2, 4) for weight in (0.25, 0.5, 1.0)],
-    *[Arm(f"sampled {n}", "sampled", {"kind": "sampled", "samples": n}) for n in (16, 50)],
-    *[Arm(f"threshold {tau:g}", "threshold", {"kind": "threshold", "tau": tau}) for tau in (0.1, 0.05)],
-    # With the token that came, as the product trains by default: it says something of the tail, too.
-    *[
-        Arm(f"{name}, kd_weight 0.9", "kd_weight 0.9", targets, {"kd_weight": 0.9})
-        for name, targets in (
-            ("top-16", _top_k(16)),
-            ("top-64", _top_k(64)),
-            *[(f"p >= {p:g}", _top_k(64, min_probability=p)) for p in _FLOORS],
-        )
-    ],
+    _floor(0.02, 4, 0.5),
+    *[Arm(f"sampled {n}", "sampled", {"kind": "sampled", "samples": n}) for n in (8, 16, 50)],
+    *[Arm(f"threshold {tau:g}", "threshold", {"kind": "threshold", "tau": tau}) for tau in (0.15, 0.1, 0.05)],
+)
+_ALSO_WITH_CROSS_ENTROPY = (
+    *("top-16", "top-64", *(f"p >= {p:g}" for p in _FLOORS), "p >= 0.01, 4 tail samples, lambda 0.5"),
+    *("sampled 16", "sampled 50", "threshold 0.05"),
+)
+
+ARMS: tuple[Arm, ...] = (
+    Arm(HARD, HARD),
+    Arm(DENSE, DENSE),
+    *_KD_ALONE,
+    *[_with_cross_entropy(arm) for arm in _KD_ALONE if arm.name in _ALSO_WITH_CROSS_ENTROPY],
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 

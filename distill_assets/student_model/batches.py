@@ -92,11 +92,10 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool, packed: bool = Fals
         if (position_N + 1 >= lengths_R[row_N]).any():
             raise IndexError("a position has no token after it in its row")
         labels[starts_R[row_N] + position_N] = ids[starts_R[row_N] + position_N + 1]
-    weights = [_position_weights(row) for row in rows]
     batch = {
         "ids_BT": torch.from_numpy(ids_BT),
         "labels": torch.from_numpy(labels_BT),
-        "weight_N": _joined(weights, np.zeros(0, np.float32)),
+        "weight_N": torch.from_numpy(_weights(rows)),
     }
     if packed:
         batch["positions_BT"] = torch.from_numpy(position_M[None])
@@ -105,11 +104,14 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool, packed: bool = Fals
     return batch
 
 
-def _position_weights(row: CapturedRow) -> np.ndarray:
-    """What each of a row's positions counts [P]."""
-    if row.position_weights is None:
-        return np.full(row.targets.n_positions, row.weight, dtype=np.float32)
-    return np.float32(row.weight) * row.position_weights
+def _weights(rows: Sequence[CapturedRow]) -> np.ndarray:
+    """What each position of each row counts [N]."""
+    positions_R = [row.targets.n_positions for row in rows]
+    weight_N = np.repeat(np.array([row.weight for row in rows], dtype=np.float32), positions_R)
+    for row, end in zip(rows, accumulate(positions_R), strict=True):
+        if row.position_weights is not None:
+            weight_N[end - len(row.position_weights) : end] *= row.position_weights
+    return weight_N
 
 
 def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
@@ -135,9 +137,5 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
     if samples := [part.tail_sample_ids_PS for part in parts if part.tail_sample_ids_PS is not None]:
         s = max(ids_PS.shape[1] for ids_PS in samples)
         wide = [np.pad(ids_PS, ((0, 0), (0, s - ids_PS.shape[1])), constant_values=-1) for ids_PS in samples]
-        batch["tail_sample_ids_NS"] = _joined(wide, np.zeros((0, s), np.int32)).long()
+        batch["tail_sample_ids_NS"] = torch.from_numpy(np.concatenate(wide)).long()
     return batch
-
-
-def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate([empty, *arrays]))

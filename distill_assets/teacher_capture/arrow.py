@@ -196,14 +196,15 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     ids, positions = ids.to_numpy(), positions.to_numpy()
     plain = table.select(["row", "key", "id", "weight", "truncated"]).to_pylist()
     position_weights = position_weights_of(table)
+    row_starts, ids_starts = row_offsets.tolist(), ids_offsets.tolist()  # slicing by numpy's own integers is slow
     rows: list[CapturedRow] = []
     for i, values in enumerate(plain):
-        part = slice(row_offsets[i], row_offsets[i + 1])
+        part = slice(row_starts[i], row_starts[i + 1])
         offsets_P1 = kept_offsets[part.start : part.stop + 1]
-        kept = slice(offsets_P1[0], offsets_P1[-1])
+        kept = slice(offsets_P1[0].item(), offsets_P1[-1].item())
         targets = SparseTargets(
             positions_P=positions[part],
-            offsets_P1=offsets_P1 - offsets_P1[0],
+            offsets_P1=offsets_P1 - kept.start,
             support_ids_N=support_ids[kept],
             support_logprobs_N=logprobs[kept],
             tail_logprob_P=tail[part],
@@ -212,7 +213,7 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
             weights_N=None if weights is None else weights[kept],
             tail_sample_ids_PS=None if samples is None else samples[part],
         )
-        input_ids = ids[ids_offsets[i] : ids_offsets[i + 1]]
+        input_ids = ids[ids_starts[i] : ids_starts[i + 1]]
         weights_P = position_weights[i]
         rows.append(CapturedRow(input_ids=input_ids, targets=targets, position_weights=weights_P, **values))
     return rows
