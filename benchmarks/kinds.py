@@ -20,6 +20,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "top_k", "k": 32},
     {"kind": "top_k", "k": 64, "min_probability": 0.002},
     {"kind": "top_k", "k": 64, "min_probability": 0.01},
+    {"kind": "top_k", "k": 64, "min_probability": 0.01, "tail_samples": 4},
     {"kind": "top_k", "k": 16, "tail_samples": 4},
     {"kind": "sampled", "samples": 50},
     {"kind": "sampled", "samples": 16},

@@ -5,8 +5,8 @@ product for each kind of targets. Students see a part of that text once, by the 
 from the same start and with the same rows in the same order. The gap is what full distillation (KL over every id)
 gains on cross-entropy, held out: KL from the teacher over every id, and negative log-likelihood. An arm closes a
 share of it. All arms are trained on the first seeds; the best of few bytes and the best of all are chosen, and
-judged on fresh seeds, which chose nothing. Intervals are Student's t over seeds; the held-out documents are the same
-for all. Where the gap itself may be chance, the run is void.
+judged on fresh seeds, which chose nothing; so is what the product recommends. Intervals are Student's t over seeds;
+the held-out documents are the same for all. Where the gap itself may be chance, the run is void.
 
 Everything made is kept in the cache, and what was interrupted goes on: the same command again.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distillation.arms import ARMS, BY_NAME, DENSE, HARD, QUICK_ARMS
+from distillation.arms import ARMS, BY_NAME, DENSE, HARD, QUICK_ARMS, RECOMMENDED
 from distillation.figures import Interval, best_arms, gap_shares, over_seeds
 from distillation.gradients import figures_file
 from distillation.plot import draw
@@ -54,7 +54,8 @@ def main() -> None:
         train(pool, shop, arms, setting.first_seeds, say)
         compare(pool, shop, arms, say)
         first = Seeds(shop, setting.first_seeds)
-        chosen = best_arms({n: first.share(n, "kl").mean for n in sizes}, sizes, setting.n_best, MOST_BYTES)
+        best = best_arms({n: first.share(n, "kl").mean for n in sizes}, sizes, setting.n_best, MOST_BYTES)
+        chosen = sorted({*best, RECOMMENDED})
         train(pool, shop, [BY_NAME[name] for name in (HARD, DENSE, *chosen)], setting.fresh_seeds, say)
     fresh = Seeds(shop, setting.fresh_seeds)
     gaps = {measure: fresh.gap(measure) for measure in MEASURES}

@@ -62,6 +62,7 @@ ARMS: tuple[Arm, ...] = (
     *[_with_cross_entropy(arm) for arm in _KD_ALONE if arm.name in _ALSO_WITH_CROSS_ENTROPY],
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
+RECOMMENDED = "p >= 0.01, 4 tail samples, lambda 0.5, kd_weight 0.9"  # what `distill init` writes
 
 # What a run of minutes compares.
 QUICK_ARMS = (
@@ -71,5 +72,5 @@ QUICK_ARMS = (
     "top-8",
     "top-64",
     "p >= 0.01",
-    "p >= 0.01, 4 tail samples, lambda 0.5",
+    RECOMMENDED,
 )

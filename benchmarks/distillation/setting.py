@@ -30,7 +30,7 @@ class Setting:
     teacher_learning_rate: float = 2.0e-3
     student_learning_rate: float = 3.0e-3
     first_seeds: tuple[int, ...] = (0, 1)
-    fresh_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
+    fresh_seeds: tuple[int, ...] = tuple(range(100, 110))
     n_best: int = 6
     gradient_batches: int = 24
 

@@ -15,7 +15,13 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from distill_assets.foundation.settings import Settings, Spec, StudentSettings, TeacherSettings
+from distill_assets.foundation.settings import (
+    RECOMMENDED_TARGETS,
+    Settings,
+    Spec,
+    StudentSettings,
+    TeacherSettings,
+)
 
 _HEADER = """\
 # What is made. Read afresh by every run: change a line, and only what depends on it is made again.
@@ -24,8 +30,16 @@ _HEADER = """\
 
 
 def init_text(teacher: str, student: str) -> str:
-    """The commented distill.yaml of a new home: hub ids or folders of two models, defaults for the rest."""
-    return commented_settings(Settings(teacher=TeacherSettings(model=teacher), student=StudentSettings(model=student)))
+    """The commented distill.yaml of a new home: hub ids or folders of two models, the recommended targets, defaults
+    for the rest.
+    """
+    return commented_settings(
+        Settings(
+            teacher=TeacherSettings(model=teacher),
+            student=StudentSettings(model=student),
+            targets=RECOMMENDED_TARGETS,
+        )
+    )
 
 
 def commented_settings(settings: Settings) -> str:

@@ -75,7 +75,7 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool, packed: bool = Fals
     `labels` [B, T] already stand where they are predicted: labels[b, t] is token t + 1 at a
     supervised position t, IGNORED elsewhere. Targets follow the labels in row order: ids with their
     weights where they have some, else with log-probabilities and tail, normalised here, and tail
-    samples if there are; the control's batches have none. No rows (a process whose share of a batch is
+    samples if any row has some; the control's batches have none. No rows (a process whose share of a batch is
     empty) give one padding token that trains nothing.
     """
     lengths_R = np.array([len(row.input_ids) for row in rows] or [1])
@@ -122,9 +122,9 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
             "support_logprobs_NK": torch.from_numpy(nothing.astype(np.float32)),
             "tail_logprob_N": torch.zeros(0),
         }
-    if len({(part.weights_N is None, part.tail_sample_ids_PS is None) for part in parts}) > 1:
+    if len({part.weights_N is None for part in parts}) > 1:
         raise TrainingError(
-            "captures of different kinds of targets (imported ones are plain top_k) cannot be learnt from together; "
+            "captures of different kinds of targets (imported ones are top_k) cannot be learnt from together; "
             "set targets.kind: top_k in distill.yaml"
         )
     whole = SparseTargets.joined(parts).normalized()  # once for all rows: row by row it takes several times as long
@@ -134,8 +134,15 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
         return {"support_ids_NK": ids_NK, "support_weights_NK": torch.from_numpy(whole.padded_weights(k))}
     batch = {"support_ids_NK": ids_NK, "support_logprobs_NK": logprobs_NK}
     batch["tail_logprob_N"] = torch.from_numpy(whole.tail_logprob_P)
-    if samples := [part.tail_sample_ids_PS for part in parts if part.tail_sample_ids_PS is not None]:
-        s = max(ids_PS.shape[1] for ids_PS in samples)
-        wide = [np.pad(ids_PS, ((0, 0), (0, s - ids_PS.shape[1])), constant_values=-1) for ids_PS in samples]
-        batch["tail_sample_ids_NS"] = torch.from_numpy(np.concatenate(wide)).long()
+    s = max((part.tail_sample_ids_PS.shape[1] for part in parts if part.tail_sample_ids_PS is not None), default=0)
+    if s:
+        batch["tail_sample_ids_NS"] = torch.from_numpy(np.concatenate([_tail_samples(part, s) for part in parts]))
     return batch
+
+
+def _tail_samples(part: SparseTargets, s: int) -> np.ndarray:
+    """Tail samples of each position [P, s], -1 where there is none, as in all of an imported row."""
+    samples_PS = np.full((part.n_positions, s), -1, dtype=np.int64)
+    if (ids_PS := part.tail_sample_ids_PS) is not None:
+        samples_PS[:, : ids_PS.shape[1]] = ids_PS
+    return samples_PS

@@ -2,9 +2,8 @@
 
 A capture that kept the k likeliest ids holds the k' < k likeliest too, and those above a higher
 probability; the mass of what is dropped joins the tail. Tail samples were drawn outside one support and
-cannot stand for another. From a compact capture the threshold is
-met on rounded log-probabilities, so ids within 1/32 nat of it may fall on either side; below 1.2e-7, where a byte
-ends, it drops none.
+cannot stand for another: they serve none, and are left out. From a compact capture the threshold is met on rounded
+log-probabilities, so ids within 1/32 nat of it may fall on either side; below 1.2e-7, where a byte ends, it drops none.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ def can_serve(stored: Mapping[str, Any], wanted: TargetSettings) -> bool:
     """Whether captures with the target settings `stored` hold all that `wanted` asks for."""
     return (
         stored["kind"] == wanted.kind == "top_k"
-        and not stored.get("tail_samples")
         and not wanted.tail_samples
         and stored["k"] >= wanted.k
         and stored["min_probability"] <= wanted.min_probability

@@ -82,10 +82,10 @@ def import_jsonl(
     with `replace` the capture is written anew in any case, for some damage only the catalog knows of.
     At most `chunk_numbers` numbers, and those of one row, are in memory at once.
     """
-    if spec.targets.kind != "top_k" or spec.targets.tail_samples:
+    if spec.targets.kind != "top_k":
         raise InterchangeError(
             "imported captures hold the likeliest ids, and a student learns from one kind of targets: "
-            "set targets.kind: top_k without tail_samples in distill.yaml"
+            "set targets.kind: top_k in distill.yaml"
         )
     folder = store.root / IMPORTED
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,12 +42,13 @@ def export_jsonl(captures: Iterable[Capture], out: Path) -> int:
     in the lists of one number a position). `id` and weights are written where a row has them; a
     `weight` of 1 is left out, and so are `token_weights` [T] of which each is 1. One row group is in memory at
     a time; the file appears whole or not at all. Returns the number of rows written. Raises CaptureError for
-    captures of anything but plain top_k: what was drawn would read there as if it were the teacher's likeliest ids.
+    targets that are not top_k: what was drawn would read there as if it were the teacher's likeliest ids. Tail samples
+    are left out: the mass they were drawn from is there.
     """
     rows = 0
     with replacing(out) as beside, beside.open("w", encoding="utf-8") as stream:
         for capture in captures:
-            _require_plain(capture)
+            _require_top_k(capture)
             for group in capture_row_groups(capture.path):
                 for row in group:
                     stream.write(_as_line(_as_object(row), row, _token_weights(row)))
@@ -71,13 +72,11 @@ def export_encoded(shards: Iterable[Shard], encoder: Encoder, out: Path) -> int:
     return rows
 
 
-def _require_plain(capture: Capture) -> None:
-    targets = capture.identity["targets"]
-    if targets["kind"] != "top_k" or targets.get("tail_samples"):
-        kept = "tail samples" if targets["kind"] == "top_k" else f"targets of kind {targets['kind']}"
+def _require_top_k(capture: Capture) -> None:
+    if (kind := capture.identity["targets"]["kind"]) != "top_k":
         raise CaptureError(
-            f"shard {capture.shard} was captured with {kept}, which JSONL has no place for; read its Parquet file "
-            "instead, or capture it with plain targets.kind: top_k"
+            f"shard {capture.shard} was captured with targets of kind {kind}, which JSONL has no place for; read its "
+            "Parquet file instead, or capture it with targets.kind: top_k"
         )
 
 

@@ -109,7 +109,8 @@ class SparseTargets:
 
     def narrowed(self, k: int, min_probability: float) -> SparseTargets:
         """At most k ids a position, of those only ids at least this likely (always the first); the mass of
-        the others joins the tail. For targets without weights and tail samples, which hold for one support only.
+        the others joins the tail. Tail samples, drawn outside one support only, are left out. For targets without
+        weights.
         """
         slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
         keep_N = slot_N < k
@@ -129,6 +130,7 @@ class SparseTargets:
             support_ids_N=self.support_ids_N[keep_N],
             support_logprobs_N=self.support_logprobs_N[keep_N],
             tail_logprob_P=tail_P.astype(np.float32),
+            tail_sample_ids_PS=None,
         )
 
     def padded(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -154,7 +156,7 @@ class SparseTargets:
 
     @staticmethod
     def joined(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """The positions of several rows, one row after another; all of the same kind, or without tail samples."""
+        """The positions of several rows of one kind, one row after another; without their tail samples."""
         lengths = [part.offsets_P1[-1] for part in parts]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         offsets = [part.offsets_P1[1:] + start for part, start in zip(parts, starts, strict=False)]

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.distillation.arms import ARMS, BY_NAME, DENSE, FAMILIES, HARD, QUICK_ARMS
+from benchmarks.distillation.arms import ARMS, BY_NAME, DENSE, FAMILIES, HARD, QUICK_ARMS, RECOMMENDED
 from benchmarks.distillation.figures import best_arms, gap_shares, over_seeds
-from distill_assets.foundation.settings import TargetSettings
+from distill_assets.foundation.settings import RECOMMENDED_TARGETS, TargetSettings, TrainingSettings
 from distill_assets.student_model.losses import LossMixture
 
 
@@ -58,3 +58,11 @@ def test_arms_are_targets_and_losses_of_the_product() -> None:
             settings = TargetSettings.model_validate(dict(arm.targets))
             assert arm.family in FAMILIES
             assert ("tail_sample_weight" in arm.mixture) == (settings.tail_samples > 0)  # else it would do nothing
+
+
+def test_what_is_recommended_is_judged() -> None:
+    arm = BY_NAME[RECOMMENDED]
+    assert TargetSettings.model_validate(dict(arm.targets or {})) == RECOMMENDED_TARGETS
+    defaults = TrainingSettings()
+    assert arm.mixture == {name: getattr(defaults, name) for name in ("tail_sample_weight", "kd_weight")}
+    assert LossMixture(**arm.mixture).objective == defaults.objective and defaults.temperature == 1.0

@@ -167,6 +167,7 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     another = tiny.save_model(tmp_path / "teacher", tokenizer, seed=7)  # type: ignore[arg-type]
     source = of_another_engine(home, another, tmp_path)
     (home / "shards" / "s1.jsonl").unlink()
+    with_targets(home, {"k": 8, "tail_samples": 2})  # learnt from beside rows without
     pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=False).capture.path
     assert verify(Home(home)).problems == ()  # no catalog was ever made
     report = run(home)
@@ -179,9 +180,7 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     shard.write_text(rows)
     assert states(home)["s1"] == "current"
 
-    settings = yaml.safe_load((home / "distill.yaml").read_text())
-    settings["targets"] = {"kind": "sampled", "samples": 5}
-    (home / "distill.yaml").write_text(yaml.safe_dump(settings))
+    with_targets(home, {"kind": "sampled", "samples": 5})
     with pytest.raises(InterchangeError, match=r"set targets\.kind: top_k"):
         Pipeline(Home(home)).import_jsonl(source, "s2", shifted=False, replace=False)
     with pytest.raises(TrainingError, match="captures of different kinds of targets"):
@@ -191,6 +190,11 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     pinned.unlink()
     missing = [problem for problem in verify(Home(home)).problems if problem.path == pinned]
     assert [problem.kind for problem in missing] == ["missing"] and "it was imported" in missing[0].message
+
+
+def with_targets(home: Path, targets: dict[str, object]) -> None:
+    settings = yaml.safe_load((home / "distill.yaml").read_text())
+    (home / "distill.yaml").write_text(yaml.safe_dump({**settings, "targets": targets}))
 
 
 def foreign_lines(n: int) -> list[dict[str, object]]:

@@ -119,3 +119,5 @@ def test_weights_take_the_place_of_the_tail_and_samples_stand_beside_it() -> Non
     batch = collate(sampled, with_targets=True)
     assert batch["tail_sample_ids_NS"].tolist() == [[3, 3], [2, 9], [-1, -1]]
     np.testing.assert_allclose(batch["tail_logprob_N"].exp(), [0.2, 0.1, 0.0], rtol=1e-6)
+    imported = [sampled[0], short]  # by another engine, which drew none
+    assert collate(imported, with_targets=True)["tail_sample_ids_NS"].tolist() == [[3, 3], [2, 9], [-1, -1]]

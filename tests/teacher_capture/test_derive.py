@@ -31,10 +31,13 @@ def planned(bench: Bench) -> ShardPlan:
     return {p.shard: p for p in plan_capture(bench.spec, found, bench.store, ()).shards}["s0"]
 
 
-def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder: Path) -> None:
+@pytest.mark.parametrize("tail_samples", [0, 3])  # which are left out
+def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder: Path, tail_samples: int) -> None:
     wanted = {"k": 5, "min_probability": 0.03, "precision": "exact"}
     direct = capture(home(tmp_path / "direct", teacher_folder, **wanted)).capture
-    source = capture(home(tmp_path / "home", teacher_folder, k=40, precision="exact")).capture
+    source = capture(
+        home(tmp_path / "home", teacher_folder, k=40, precision="exact", tail_samples=tail_samples)
+    ).capture
     bench = home(tmp_path / "home", teacher_folder, **wanted)
     assert (planned(bench).rows_to_capture, planned(bench).state) == (0, "settings_changed")
     assert f"6 rows can be derived from {source.capture_id}" in planned(bench).reason
@@ -132,3 +135,5 @@ def test_which_settings_can_serve_which() -> None:
     assert not can_serve(stored, TargetSettings(k=8, min_probability=0.001))
     assert not can_serve(stored, TargetSettings(k=8, min_probability=0.01, precision="exact"))
     assert can_serve({**stored, "precision": "exact"}, TargetSettings(k=8, min_probability=0.01))
+    assert can_serve({**stored, "tail_samples": 4}, TargetSettings(k=8, min_probability=0.01))
+    assert not can_serve({**stored, "tail_samples": 4}, TargetSettings(k=8, min_probability=0.01, tail_samples=4))

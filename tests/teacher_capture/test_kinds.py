@@ -145,19 +145,34 @@ def test_rows_that_moved_keep_their_draws_without_the_teacher(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drawn_targets_serve_nobody_and_are_served_by_nobody(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
+def test_what_was_drawn_serves_nobody_and_is_served_by_nobody(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
+    """The likeliest ids that stand beside tail samples do serve."""
     capture(bench_of(tmp_path, teacher_folder, KINDS[kind]))
-    assert capture(bench_of(tmp_path, teacher_folder, {"k": 5})).capture.stats.rows_captured == 6
+    served = capture(bench_of(tmp_path, teacher_folder, {"k": 5, "min_probability": 0.02})).capture
+    assert served.stats.rows_captured == (0 if kind.startswith("tail") else 6)
     capture(bench_of(tmp_path, teacher_folder, {"k": 320, "precision": "exact"}))
     other = {"sampled": {"samples": 8}, "threshold": {"tau": 0.2}}.get(kind, {"k": 4})
     assert capture(bench_of(tmp_path, teacher_folder, {**KINDS[kind], **other})).capture.stats.rows_captured == 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_jsonl_has_the_likeliest_ids_without_tail_samples(tmp_path: Path, teacher_folder: Path) -> None:
+    plain: dict[str, object] = {"k": 6, "precision": "exact"}
+    exported = []
+    for name, targets in (("plain", plain), ("samples", {**plain, "tail_samples": 3})):
+        export_jsonl([capture(bench_of(tmp_path / name, teacher_folder, targets)).capture], tmp_path / f"{name}.jsonl")
+        exported.append([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()])
+    for mine, theirs in zip(*exported, strict=True):
+        assert mine.keys() == theirs.keys() and mine["topk_ids"] == theirs["topk_ids"]
+        for a, b in zip(mine["topk_logprobs"], theirs["topk_logprobs"], strict=True):
+            assert a == pytest.approx(b, abs=2e-6)  # the sum over the vocabulary is taken in another order
+
+
+@pytest.mark.parametrize("kind", ["sampled", "threshold"])
 def test_jsonl_is_refused_before_anything_is_written(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
     drawn = capture(bench_of(tmp_path, teacher_folder, KINDS[kind])).capture
-    said = "tail samples" if kind.startswith("tail") else f"targets of kind {kind}"
-    with pytest.raises(CaptureError, match=rf"^shard s0 was captured with {said}, .*plain targets.kind: top_k$"):
+    with pytest.raises(
+        CaptureError, match=rf"^shard s0 was captured with targets of kind {kind}, .*targets.kind: top_k$"
+    ):
         export_jsonl([drawn], tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("*out.jsonl*"))
 
