@@ -193,8 +193,8 @@ class TargetSettings(Spec):
         return values
 
 
-# What a new home is given: at about 30 bytes a position no targets came out better (benchmarks/quality.py), and these
-# are the likeliest ids, which every objective and other tools can use. A file without `targets` keeps those alone.
+# What a new home is given: at about 30 bytes a position no targets came out clearly better (benchmarks/quality.py), and
+# these are likeliest ids, which every objective and other tools can use. A file without `targets` keeps those alone.
 RECOMMENDED_TARGETS = TargetSettings(k=64, min_probability=0.01, tail_samples=4)
 
 
