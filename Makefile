@@ -43,6 +43,7 @@ ui: setup  ## Dagster's web UI and daemon for data/
 
 bench: setup  ## every benchmark, one after another; each prints a table; run one by hand with --json for JSON
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@$(BIN)/python benchmarks/quality.py --quick
 
 bench-quality: setup  ## which targets make the best student, all of it; hours, and goes on where it was stopped
 	$(BIN)/python benchmarks/quality.py --plot benchmarks/quality.svg

@@ -159,7 +159,7 @@ def report(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any], as_js
     if as_json:
         show("quality", results, True, **about)
         return
-    of_students = [{name: value for name, value in line.items() if name not in GRADIENTS} for line in results]
+    of_students = [{n: v for n, v in line.items() if n not in (*GRADIENTS, "family")} for line in results]
     of_gradients = [{name: line[name] for name in ("arm", *GRADIENTS)} for line in results]
     show("quality: gradients", of_gradients, False)
     show("quality", of_students, False, **about)
