@@ -26,11 +26,11 @@ from distill_assets.foundation.files import replacing_folder, write_json, write_
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.progress import Progress, ProgressListener
 from distill_assets.foundation.settings import (
+    RECOMMENDED_TARGETS,
     DataSettings,
     EvaluationSettings,
     Settings,
     StudentSettings,
-    TargetSettings,
     TeacherSettings,
     TrainingSettings,
 )
@@ -52,7 +52,7 @@ SETTINGS = Settings(
     teacher=TeacherSettings(model=TEACHER, dtype="float32"),
     student=StudentSettings(from_teacher_layers=[0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29]),
     data=DataSettings(shards="shards/*.jsonl", max_length=256),
-    targets=TargetSettings(k=64, min_probability=0.002),
+    targets=RECOMMENDED_TARGETS,
     training=TrainingSettings(epochs=2, learning_rate=1.0e-3, batch_tokens=512, freeze_embeddings=True),
     evaluation=EvaluationSettings(dense=True),
 )
