@@ -4,9 +4,9 @@ A teacher is trained here on docstrings of the standard library and of installed
 product for each kind of targets. Students see a part of that text once, by the product's losses, those of one seed
 from the same start and with the same rows in the same order. The gap is what full distillation (KL over every id)
 gains on cross-entropy, held out: KL from the teacher over every id, and negative log-likelihood. An arm closes a
-share of it. All arms are trained on the first seeds; the best of few bytes and the best of all are chosen, and
+share of it. All arms are trained on the first seeds; the best of few bytes and the best others are chosen, and
 judged on fresh seeds, which chose nothing; so is what the product recommends. Intervals are Student's t over seeds;
-the held-out documents are the same for all. Where the gap itself may be chance, the run is void.
+the held-out documents are the same for all. Where the gap itself may be chance, the run is void and says so.
 
 Everything made is kept in the cache, and what was interrupted goes on: the same command again.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distillation.arms import ARMS, BY_NAME, DENSE, HARD, QUICK_ARMS, RECOMMENDED
+from distillation.arms import ARMS, BY_NAME, DENSE, HARD, JUDGED, QUICK_ARMS
 from distillation.figures import Interval, best_arms, gap_shares, over_seeds
 from distillation.gradients import figures_file
 from distillation.plot import draw
@@ -55,7 +55,7 @@ def main() -> None:
         compare(pool, shop, arms, say)
         first = Seeds(shop, setting.first_seeds)
         best = best_arms({n: first.share(n, "kl").mean for n in sizes}, sizes, setting.n_best, MOST_BYTES)
-        chosen = sorted({*best, RECOMMENDED})
+        chosen = sorted({*best, *(name for name in JUDGED if name in sizes)})
         train(pool, shop, [BY_NAME[name] for name in (HARD, DENSE, *chosen)], setting.fresh_seeds, say)
     fresh = Seeds(shop, setting.fresh_seeds)
     gaps = {measure: fresh.gap(measure) for measure in MEASURES}
@@ -65,9 +65,7 @@ def main() -> None:
         seeds = (len(setting.first_seeds), len(setting.fresh_seeds))
         draw([result for result in results if result["bytes a position"]], seeds, MOST_BYTES, options.plot)
     if not all(gap.is_real for gap in gaps.values()):
-        sys.exit(
-            "void: the gap between cross-entropy and dense distillation may be chance, so shares of it mean nothing"
-        )
+        say("void: the gap between cross-entropy and dense distillation may be chance, so shares of it mean nothing")
 
 
 def parse_options() -> argparse.Namespace:

@@ -64,6 +64,8 @@ ARMS: tuple[Arm, ...] = (
 BY_NAME = {arm.name: arm for arm in ARMS}
 RECOMMENDED = "p >= 0.01, 4 tail samples, lambda 0.5, kd_weight 0.9"  # what `distill init` writes
 
+JUDGED = (RECOMMENDED, "top-64, kd_weight 0.9")  # on fresh seeds in any case; the other: without `targets`
+
 # What a run of minutes compares.
 QUICK_ARMS = (
     HARD,

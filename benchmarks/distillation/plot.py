@@ -47,7 +47,8 @@ def draw(results: Sequence[Mapping[str, Any]], seeds: tuple[int, int], most_byte
     axes.set_ylabel("share of the gap closed, % (held-out dense KL)")
     axes.set_title(f"hollow: mean of {seeds[0]} seeds; filled: {seeds[1]} fresh seeds, 95% interval", fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path)
+    with plt.rc_context({"svg.hashsalt": "quality"}):  # the same figures are the same file
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 

@@ -193,8 +193,8 @@ class TargetSettings(Spec):
         return values
 
 
-# What a new home is given: at about 30 bytes a position no targets came out clearly better (benchmarks/quality.py), and
-# these are likeliest ids, which every objective and other tools can use. A file without `targets` keeps those alone.
+# What a new home is given: as good a student as other targets of about so many bytes made (benchmarks/quality.py), and
+# likeliest ids, which other tools can use. A file without `targets` keeps the likeliest ids alone.
 RECOMMENDED_TARGETS = TargetSettings(k=64, min_probability=0.01, tail_samples=4)
 
 
@@ -240,6 +240,7 @@ class TrainingSettings(Spec):
         0.5, ge=0.0, le=1.0, description="with tail_samples: 0 is the bucket alone, 1 no bias and the most variance"
     )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
+    # AdamW's float32 arithmetic raises an error of its own from 1e38 on.
     learning_rate: float = Field(2.0e-4, gt=0.0, le=1.0e30, description="peak learning rate of AdamW")
     warmup_ratio: float = Field(0.05, ge=0.0, le=1.0, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")

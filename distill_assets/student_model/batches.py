@@ -110,7 +110,7 @@ def _weights(rows: Sequence[CapturedRow]) -> np.ndarray:
     weight_N = np.repeat(np.array([row.weight for row in rows], dtype=np.float32), positions_R)
     for row, end in zip(rows, accumulate(positions_R), strict=True):
         if row.position_weights is not None:
-            weight_N[end - len(row.position_weights) : end] *= row.position_weights
+            weight_N[end - row.targets.n_positions : end] *= row.position_weights
     return weight_N
 
 

@@ -109,7 +109,8 @@ def _within(vocabulary: StudentVocabulary, targets: SparseTargets) -> SparseTarg
     """`targets` with only the ids of `vocabulary`.
 
     A position left without any id keeps one slot of log-probability -inf and all its mass in the
-    tail: the teacher says nothing there but "one of your ids", which costs every student nothing.
+    tail: the teacher says nothing there but "one of your ids", which costs every student nothing, and what its tail
+    samples among these ids say.
     """
     if not targets.n_positions:
         return targets

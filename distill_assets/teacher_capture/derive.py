@@ -42,7 +42,8 @@ def sources(store: CaptureStore, spec: CaptureSpec) -> list[str]:
             continue
         targets = identity["targets"]
         if can_serve(targets, spec.targets):
-            found.append((targets["precision"] != "exact", targets["k"], -targets["min_probability"], capture_id))
+            besides = (targets["k"], -targets["min_probability"], targets.get("tail_samples", 0))
+            found.append((targets["precision"] != "exact", *besides, capture_id))
     return [capture_id for *_, capture_id in sorted(found)]
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.distillation.arms import ARMS, BY_NAME, DENSE, FAMILIES, HARD, QUICK_ARMS, RECOMMENDED
+from benchmarks.distillation.arms import ARMS, BY_NAME, DENSE, FAMILIES, HARD, JUDGED, QUICK_ARMS, RECOMMENDED
 from benchmarks.distillation.figures import best_arms, gap_shares, over_seeds
 from distill_assets.foundation.settings import RECOMMENDED_TARGETS, TargetSettings, TrainingSettings
 from distill_assets.student_model.losses import LossMixture
@@ -62,6 +62,7 @@ def test_arms_are_targets_and_losses_of_the_product() -> None:
 
 def test_what_is_recommended_is_judged() -> None:
     arm = BY_NAME[RECOMMENDED]
+    assert RECOMMENDED in QUICK_ARMS and set(JUDGED) <= BY_NAME.keys()
     assert TargetSettings.model_validate(dict(arm.targets or {})) == RECOMMENDED_TARGETS
     defaults = TrainingSettings()
     assert arm.mixture == {name: getattr(defaults, name) for name in ("tail_sample_weight", "kd_weight")}

@@ -6,7 +6,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from distill_assets.foundation.settings import LoraSettings, Settings, TrainingSettings, load_settings
+from distill_assets.foundation.settings import (
+    RECOMMENDED_TARGETS,
+    LoraSettings,
+    Settings,
+    TrainingSettings,
+    load_settings,
+)
 from distill_assets.foundation.settings_text import commented_settings, init_text
 
 CASES = {
@@ -68,6 +74,12 @@ def test_every_key_stands_once_with_a_comment() -> None:
             for line, described in zip(block, field.annotation.model_fields.values(), strict=True):
                 assert described.description
                 assert line.endswith(described.description)
+
+
+def test_a_new_home_has_the_recommended_targets(tmp_path: Path) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_text(init_text("a/b", "c/d"), encoding="utf-8")
+    assert load_settings(file).targets == RECOMMENDED_TARGETS
 
 
 def test_choices_that_the_description_does_not_name_are_listed() -> None:

@@ -88,8 +88,11 @@ def test_two_processes_stop_together_where_one_does(tmp_path: Path, teacher_fold
     assert together.stopping.kept_loss == pytest.approx(alone.stopping.kept_loss, rel=1e-3)
 
 
-def test_processes_end_with_the_one_that_called_them_and_go_on_from_their_checkpoint(root: Path) -> None:
-    """To the curve and the weights of two that nobody disturbed."""
+def test_processes_end_with_the_one_that_called_them_and_go_on_from_their_checkpoint(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    """To the curve and the weights of two that nobody disturbed. There are steps enough to be killed in."""
+    root = captured(tmp_path / "home", teacher_folder, epochs=20, batch_tokens=64)
     students = StudentSide(Pipeline(Home(root)))
     students.train("student", device="cpu", force=True, processes=2)
     undisturbed, weights = read_student(students.folder("student")).report, trained(students)

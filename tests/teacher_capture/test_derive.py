@@ -12,6 +12,7 @@ from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
 from distill_assets.teacher_capture.derive import can_serve
+from distill_assets.teacher_capture.inspection import inspect_capture
 from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
@@ -46,9 +47,11 @@ def test_derived_targets_are_those_of_the_teacher(tmp_path: Path, teacher_folder
     assert derived.capture_id == direct.capture_id != source.capture_id
     assert derived.derived_from == (source.capture_id,) and direct.derived_from == ()
     assert (derived.stats.rows_captured, derived.stats.rows_reused, derived.stats.tokens_captured) == (0, 6, 0)
+    assert not any(inspect_capture(derived.path, n_ids=320))
     kept = []
     for mine, theirs in zip(read_rows(derived.path), read_rows(direct.path), strict=True):
         a, b = mine.targets, theirs.targets
+        assert a.tail_sample_ids_PS is None
         for name in ("positions_P", "offsets_P1", "support_ids_N"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
         # The sum over the vocabulary is taken in another order where other ids are kept.
@@ -64,8 +67,11 @@ class Stopped(Exception):
     pass
 
 
-def test_chunks_of_a_capture_under_way_serve_fewer_ids_too(tmp_path: Path, teacher_folder: Path) -> None:
-    source = home(tmp_path / "home", teacher_folder, k=40)
+@pytest.mark.parametrize("tail_samples", [0, 3])
+def test_chunks_of_a_capture_under_way_serve_fewer_ids_too(
+    tmp_path: Path, teacher_folder: Path, tail_samples: int
+) -> None:
+    source = home(tmp_path / "home", teacher_folder, k=40, tail_samples=tail_samples)
     tiny.write_jsonl(source.home.root / "shards" / "s0.jsonl", tiny.example_rows(120))
 
     def stop(progress: Progress) -> None:

@@ -165,6 +165,8 @@ def test_jsonl_has_the_likeliest_ids_without_tail_samples(tmp_path: Path, teache
         assert mine.keys() == theirs.keys() and mine["topk_ids"] == theirs["topk_ids"]
         for a, b in zip(mine["topk_logprobs"], theirs["topk_logprobs"], strict=True):
             assert a == pytest.approx(b, abs=2e-6)  # the sum over the vocabulary is taken in another order
+        for name in ("tail_logprob", "gold_logprob", "entropy"):  # stored as float16
+            assert mine[name] == [None if b is None else pytest.approx(b, rel=2e-3) for b in theirs[name]]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "threshold"])

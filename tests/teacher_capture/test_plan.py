@@ -101,6 +101,7 @@ def test_estimates_say_what_they_are_based_on(bench: Bench) -> None:
         ({"k": 32}, 77.6),
         ({"k": 64, "min_probability": 0.01}, 30.6),
         ({"k": 16, "tail_samples": 4}, 52.1),
+        ({"k": 64, "min_probability": 0.01, "tail_samples": 4}, 38.2),
         ({"kind": "sampled", "samples": 50}, 61.9),
         ({"kind": "sampled", "samples": 16}, 34.2),
         ({"kind": "threshold", "tau": 0.02}, 92.5),
