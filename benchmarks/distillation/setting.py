@@ -30,7 +30,7 @@ class Setting:
     teacher_learning_rate: float = 2.0e-3
     student_learning_rate: float = 3.0e-3
     first_seeds: tuple[int, ...] = (0, 1)
-    fresh_seeds: tuple[int, ...] = tuple(range(200, 210))  # those from 100 on were seen while arms were added
+    fresh_seeds: tuple[int, ...] = tuple(range(200, 208))  # those from 100 on were seen while arms were added
     n_best: int = 6
     gradient_batches: int = 24
 
