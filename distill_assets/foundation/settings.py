@@ -155,7 +155,9 @@ class TargetSettings(Spec):
     min_probability: float = Field(
         0.0, ge=0.0, lt=1.0, description="top_k: of the k, only ids at least this likely (always the first)"
     )
-    tail_samples: int = Field(0, ge=0, description="top_k: ids drawn besides from the rest, which unbias the tail")
+    tail_samples: int = Field(
+        0, ge=0, description="top_k: ids drawn besides from the rest, which tell how it is spread"
+    )
     samples: int = Field(50, ge=1, description="sampled: draws at a position, with replacement")
     tau: float = Field(
         0.02,

@@ -18,6 +18,7 @@ import numpy as np
 
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
 from distill_assets.foundation.fingerprints import digest
+from distill_assets.foundation.settings import TargetSettings
 from distill_assets.student_evaluation.bootstrap import Estimate, Resampled
 from distill_assets.student_evaluation.identity import CONTROL, JSON_FILE, ROWS_FILE, STUDENT
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, METRICS, RECORD_METRICS, Metric
@@ -239,12 +240,13 @@ def _what_differs(records: Sequence[StudentRecord]) -> dict[str, tuple[str, ...]
 def _settings(record: StudentRecord) -> dict[str, str]:
     """What made a student, without what makes no difference to one of its kind."""
     spec = record.spec
-    without = TARGETS_ONLY if spec.kind == "control" else set()
+    training = spec.training.effective(TargetSettings.model_validate(dict(spec.targets)))
+    without = TARGETS_ONLY if spec.kind == "control" else frozenset()
     captures = {used.shard: used for used in spec.captures}
     values: dict[str, Any] = {"kind": spec.kind, "teacher": spec.teacher}
     values |= {f"student.{name}": value for name, value in spec.origin.model_dump(exclude_none=True).items()}
     values |= {f"targets.{name}": value for name, value in spec.targets.items()}
-    values |= {f"training.{name}": value for name, value in spec.training.model_dump(exclude=without).items()}
+    values |= {f"training.{name}": value for name, value in training.items() if name not in without}
     values["data.capture"] = ", ".join(sorted({used.capture_id for used in spec.captures}))
     values |= {f"data.{shard}": f"{used.version[:12]}, {used.rows} rows" for shard, used in captures.items()}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}

@@ -171,8 +171,8 @@ def as_markdown(evaluation: Evaluation, details: ReportDetails, pictures: Mappin
             for rows in (part["figures"], part["differences"])
             if rows
         ),
-        f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. What is not called dense is on the kept "
-        "ids and one bucket for the rest.",
+        f"On {_size(scope)}. In brackets: 95% bootstrap intervals over rows. KL and expected acceptance that are not "
+        "called dense are on the kept ids and one bucket for the rest: a lower and an upper bound of the dense ones.",
         *gap_sentences(evaluation),
     ]
     for name, png in pictures.items():
@@ -195,6 +195,7 @@ def _parts(evaluation: Evaluation) -> list[dict[str, Any]]:
         "differences": difference_rows(scope, RECORD_METRICS),
         "metrics": RECORD_METRICS,
         "note": "What can be told without the teacher: its record keeps some ids of a position, and the rest as one. "
+        "Which ids those are decides on KL and expected acceptance, so compare them within this report only. "
         + (
             "The teacher's row is what it makes of its own record, computed again: what rounding and the machine "
             "account for."
@@ -246,8 +247,8 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
         "kept_mass": {
             "title": "What the record kept of the teacher",
             "caption": f"Mean probability of the first j ids kept at a position, of at most {k}, "
-            f"{number(evaluation.kept_ids, 1)} on average; a position with fewer counts with all it has. On "
-            f"{_size(scope)}.",
+            f"{number(evaluation.kept_ids, 1)} on average; a position with fewer counts with all it has"
+            f"{_where_it_ends(details.targets)}. On {_size(scope)}.",
             "alt": f"A rising line of mean kept mass over the number of ids kept, {last}% with {k}.",
         },
         "loss": {
@@ -255,10 +256,47 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
             "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
             "update, and their running mean over a twentieth of them, in nats a supervised position of the step's "
             "rows, multiplied by its weight. What the student minimises is kd_weight × distillation loss + "
-            "(1 − kd_weight) × cross-entropy, the control its cross-entropy.",
+            f"(1 − kd_weight) × cross-entropy, the control its cross-entropy. {_loss_in_words(details)}",
             "alt": "Falling lines of training loss over optimiser steps.",
         },
     }
+
+
+def _where_it_ends(targets: Mapping[str, Any]) -> str:
+    """What a line of kept mass must not be taken for."""
+    least = targets.get("min_probability")
+    if not least:
+        return ""
+    return f". Only ids of p ≥ {least:g} were kept: where the line is flat, positions have no more of those"
+
+
+def _loss_in_words(details: ReportDetails) -> str:
+    """What the distillation loss is, and whether it may be compared."""
+    targets, training = details.targets, details.training
+    if targets.get("kind", "top_k") != "top_k":
+        return (
+            "Distillation loss: the sum of w × −log q over the kept ids, w being their weights and q the student's "
+            "probability; on average KL over all ids and a constant, so it does not go to 0, and is not to be compared "
+            "with that of other targets."
+        )
+    said = f"Distillation loss: {_DIVERGENCES[training.get('objective', 'forward_kl')]}"
+    samples, weight = targets.get("tail_samples", 0), training.get("tail_sample_weight", 0.0)
+    if not samples or not weight:
+        return said + "."
+    return said + (
+        f", and {weight:g} × the rest's probability × mean −log of the student's probability, within the rest, of "
+        f"{samples} ids that were drawn from it (tail samples). This last part is a cross-entropy: it does not go to "
+        "0, and the loss is not to be compared with that of other targets or weights."
+    )
+
+
+_BUCKET = "over the kept ids and one bucket for the rest"
+_DIVERGENCES = {
+    "forward_kl": f"KL(teacher || student) {_BUCKET}",
+    "reverse_kl": f"KL(student || teacher) {_BUCKET}",
+    "jsd": f"Jensen-Shannon divergence {_BUCKET}",
+    "renormalized": "KL(teacher || student) over the kept ids alone, both renormalised",
+}
 
 
 def describe_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def verdict(evaluation: Evaluation) -> str:
     rival_kl, difference = scope.models[rival][kl.key], scope.differences[rival][kl.key]
     assert rival_kl is not None
     values = (
-        f"KL {number(student_kl.value, _decimals(student_kl.value))} against "
+        f"{'dense ' if evaluation.is_dense else ''}KL {number(student_kl.value, _decimals(student_kl.value))} against "
         f"{number(rival_kl.value, _decimals(rival_kl.value))} nats a position, "
         f"difference {write_estimate(kl, difference, signed=True)}"
     )
@@ -144,9 +144,11 @@ def _gap_sentence(closed: GapShare, kl: Metric) -> str:
             f"By {what}: no share is given, because the control is not shown to be worse than the teacher "
             f"(control {MINUS} teacher: {gap} nats)."
         )
+    low, high = closed.share.low, closed.share.high
+    undecided = low is not None and high is not None and low <= 0 <= high
     return (
         f"By {what}: the student closes {write_share(closed.share)}% of the way from the control to the "
-        f"teacher, which is {gap} nats long."
+        f"teacher, which is {gap} nats long{'; it is not shown to differ from the control' if undecided else ''}."
     )
 
 

@@ -40,7 +40,10 @@ class Shelf:
         self.students, self.reports = root / "students", root / "reports"
         self.model, self.tokenizer = model, tokenizer
 
-    def student(self, i: str, kind: Any = "student", k: int = 8, rows: int = 6, **training: Any) -> None:
+    def student(
+        self, i: str, kind: Any = "student", k: int = 8, rows: int = 6, tail_samples: int = 0, **training: Any
+    ) -> None:
+        targets = {"kind": "top_k", "k": k} | ({"tail_samples": tail_samples} if tail_samples else {})
         spec = StudentSpec(
             student_id=i,
             kind=kind,
@@ -49,7 +52,7 @@ class Shelf:
             training=TrainingSettings(**training),
             vocabulary=StudentVocabulary(320),
             captures=(UsedCapture("s0", "ab" * 32, "c" * 16, rows),),
-            targets={"kind": "top_k", "k": k} if kind == "student" else {},
+            targets=targets if kind == "student" else {},
         )
         curve = (CurvePoint(1, 1.0, 1.0, 1.0, 9, 1e-3),)
         report = StudentReport(rows, 0, 1, 9, 1.0, "cpu", FitReport(0, 0, 0, 0.0), curve, ())
@@ -128,6 +131,10 @@ def test_says_what_differs(shelf: Shelf, evaluation: Evaluation) -> None:
         "training.learning_rate": ("0.5", "0.0002"),
         "data.s0": ("abababababab, 7 rows", "abababababab, 6 rows"),
     }
+    shelf.student(C, tail_samples=4)
+    shelf.report("3" * 16, evaluation, C)
+    with_samples = shelf.compare(A, C).settings
+    assert with_samples == {"targets.tail_samples": ("–", "4"), "training.tail_sample_weight": ("–", "0.5")}
     # A control was trained under these settings, but makes no use of them.
     assert shelf.compare(A, CONTROL).settings["training.objective"] == ("forward_kl", "–")
 

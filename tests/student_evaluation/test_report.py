@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -89,12 +91,37 @@ def page(files: ReportFiles) -> Page:
     return Page(files.html.read_text(encoding="utf-8"))
 
 
+TAIL_SAMPLES = {"kind": "top_k", "k": 8, "min_probability": 0.02, "tail_samples": 3}
+
+
+@pytest.mark.parametrize(
+    ("targets", "training", "said", "unsaid"),
+    [
+        (DETAILS.targets, {}, "loss: KL(teacher || student) over the kept ids and one", "to be compared"),
+        (DETAILS.targets, {"objective": "renormalized"}, "ids alone, both renormalised.", "one bucket for the rest."),
+        (TAIL_SAMPLES, {"tail_sample_weight": 0.5}, "0.5 × the rest's probability × mean −log", "Jensen"),
+        (TAIL_SAMPLES, {"tail_sample_weight": 0.0, "objective": "jsd"}, "loss: Jensen-Shannon", "tail samples)."),
+        ({"kind": "sampled", "samples": 9}, {}, "loss: the sum of w × −log q over the kept ids", "Only ids of p"),
+    ],
+)  # fmt: skip
+def test_says_what_the_student_minimised(
+    evaluation: Evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path,
+    targets: Mapping[str, Any], training: dict[str, Any], said: str, unsaid: str,
+) -> None:  # fmt: skip
+    details = replace(DETAILS, targets=targets, training=training)
+    text = page(write_report(evaluation, CURVES, details, tokenizer, tmp_path / "report")).text
+    training_part = text[text.index("Losses of each of") :].partition("By held-out shard")[0]
+    assert said in training_part and unsaid not in training_part
+    assert ("Only ids of p ≥ 0.02 were kept" in text) == ("min_probability" in targets)
+
+
 def test_says_what_was_compared_and_how_it_came_out(written: ReportFiles, evaluation: Evaluation) -> None:
     text = page(written).text
     assert verdict(evaluation) in text
     for said in ("aaaa000011112222", "bbbb000011112222", "cccc000011112222", "models/<b>teacher</b>", "heldout-b"):
         assert said in text
-    assert "k 8" in text and "70 rows, 1,234 positions in 8 steps" in text and "learning rate 0.001" in text
+    for said in ("k 8", "70 rows in 8 steps, 1,234 positions counting repeats", "learning rate 0.001"):
+        assert said in text
     for row in summary_rows(evaluation):
         assert row["KL from teacher (nats a position)"].split(" ")[0] in text
     assert f"{evaluation.overall.n_positions:,} positions of 30 held-out rows" in text
