@@ -195,8 +195,8 @@ class TargetSettings(Spec):
         return values
 
 
-# What a new home is given: about as good a student as other targets of about so many bytes made (benchmarks/quality.py), and
-# likeliest ids, which other tools can use. A file without `targets` keeps the likeliest ids alone.
+# What a new home is given: about as good a student as other targets of so many bytes made (benchmarks/quality.py), from
+# likeliest ids, which other tools can use too. A file without `targets` keeps the likeliest ids alone.
 RECOMMENDED_TARGETS = TargetSettings(k=64, min_probability=0.01, tail_samples=4)
 
 
