@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPLICATES = 2000
+INTERVAL = f"95%: percentiles over {REPLICATES:,} bootstrap samples of whole rows"
 SEED = 0
 FEWEST_ROWS = 5  # below this, resampling rows says nothing; no interval is better than a false one
 _DRAWS_AT_ONCE = 2_000_000

@@ -19,7 +19,7 @@ import numpy as np
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.student_evaluation.bootstrap import Estimate, Resampled
+from distill_assets.student_evaluation.bootstrap import INTERVAL, Estimate, Resampled
 from distill_assets.student_evaluation.identity import CONTROL, JSON_FILE, ROWS_FILE, STUDENT
 from distill_assets.student_evaluation.metrics import BY_KEY, DENSE_METRICS, METRICS, RECORD_METRICS, Metric
 from distill_assets.student_evaluation.per_row import RowSums
@@ -85,8 +85,12 @@ class Comparison:
         return {i: i[:length] for i in ids}
 
     def to_json(self) -> dict[str, Any]:
-        meanings = {m.key: {"label": m.label, "unit": m.unit, "meaning": m.meaning} for m in self.measures}
-        return {"comparison_id": self.comparison_id, **asdict(self), "metrics": meanings}
+        told = {
+            "metrics": {m.key: m.to_json() for m in self.measures},
+            "intervals": INTERVAL,
+            "differences_are": "a student's figure minus that of the first",
+        }
+        return {"comparison_id": self.comparison_id, **asdict(self), **told}
 
 
 def compare_students(given: Sequence[str], students: Path, reports: Path) -> Comparison:

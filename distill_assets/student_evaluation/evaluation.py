@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from distill_assets.foundation.errors import TrainingError
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
+from distill_assets.student_evaluation.bootstrap import INTERVAL
 from distill_assets.student_evaluation.calibration import Calibration
 from distill_assets.student_evaluation.completions import (
     Completion,
@@ -85,9 +86,15 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values; metrics say what they mean."""
-        meanings = {m.key: {"label": m.label, "unit": m.unit, "meaning": m.meaning} for m in self.metrics}
-        values = {name: value for name, value in asdict(self).items() if name != "per_row"}
-        return {"metrics": meanings, "outcome": self.outcome, "rival": self.rival, "decided_by": self.kl.key, **values}
+        told = {
+            "metrics": {m.key: m.to_json() for m in self.metrics},
+            "intervals": INTERVAL,
+            "differences_are": "the student's figure minus that of the model named",
+            "outcome": self.outcome,
+            "rival": self.rival,
+            "decided_by": self.kl.key,
+        }
+        return told | {name: value for name, value in asdict(self).items() if name != "per_row"}
 
 
 def evaluate(

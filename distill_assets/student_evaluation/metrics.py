@@ -34,6 +34,13 @@ class Metric:
     ideal: float | None
     meaning: str
 
+    def to_json(self) -> dict[str, str]:
+        """What stands beside its values, which are shares of 1 where the page says per cent."""
+        values = "shares of 1" if self.style == "percent" else "as the unit says"
+        return {
+            "label": self.label, "unit": self.unit, "values": values, "better": self.better, "meaning": self.meaning,
+        }  # fmt: skip
+
 
 # From the record alone: no teacher is needed.
 RECORD_METRICS = (

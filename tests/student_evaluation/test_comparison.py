@@ -221,3 +221,5 @@ def test_the_page(shelf: Shelf, dense_evaluation: Evaluation, tmp_path: Path) ->
     assert [s["student_id"] for s in told["students"]] == [A, B, CONTROL]
     assert told["students"][1]["figures"]["dense_kl_nats"]["value"] == found.students[1].figures["dense_kl_nats"].value
     assert told["metrics"]["dense_kl_nats"]["unit"] == "nats a position"
+    assert told["metrics"]["agreement_share"]["values"] == "shares of 1"
+    assert told["metrics"]["agreement_share"]["better"] == "higher" and "whole rows" in told["intervals"]
