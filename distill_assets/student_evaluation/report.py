@@ -195,10 +195,10 @@ def _parts(evaluation: Evaluation) -> list[dict[str, Any]]:
         "differences": difference_rows(scope, RECORD_METRICS),
         "metrics": RECORD_METRICS,
         "note": "What can be told without the teacher: its record keeps some ids of a position, and the rest as one. "
-        "Which ids those are decides on KL and expected acceptance, so compare them within this report only. "
+        "Which ids those are decides on KL and expected acceptance. "
         + (
-            "The teacher's row is what it makes of its own record, computed again: what rounding and the machine "
-            "account for."
+            "The teacher's row compares it, computed again, with its own record: how far it is from 0 and 100% is what "
+            "rounding and the machine account for; its perplexity is a figure like the others."
             if evaluation.is_dense
             else "The teacher's own figures come from its record: its KL, agreement and acceptance are what they are "
             "by definition."
@@ -246,7 +246,7 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
         },
         "kept_mass": {
             "title": "What the record kept of the teacher",
-            "caption": f"Mean probability of the first j ids kept at a position, of at most {k}, "
+            "caption": f"Mean summed probability of the j likeliest ids kept at a position, of at most {k}, "
             f"{number(evaluation.kept_ids, 1)} on average; a position with fewer counts with all it has"
             f"{_where_it_ends(details.targets)}. On {_size(scope)}.",
             "alt": f"A rising line of mean kept mass over the number of ids kept, {last}% with {k}.",
@@ -254,8 +254,9 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
         "loss": {
             "title": "Training",
             "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
-            "update, and their running mean over a twentieth of them, in nats a supervised position of the step's "
-            "rows, multiplied by its weight. What the student minimises is kd_weight × distillation loss + "
+            "update, and their running mean over a twentieth of them, in nats: the sum over the step's supervised "
+            "positions, each times its own and its row's weight, divided by their number. What the student minimises is "
+            "kd_weight × distillation loss + "
             f"(1 − kd_weight) × cross-entropy, the control its cross-entropy. {_loss_in_words(details)}",
             "alt": "Falling lines of training loss over optimiser steps.",
         },
