@@ -255,9 +255,9 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
             "title": "Training",
             "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
             "update, and their running mean over a twentieth of them, in nats: the sum over the step's supervised "
-            "positions, each times its own and its row's weight, divided by their number. What the student minimises is "
-            "kd_weight × distillation loss + "
-            f"(1 − kd_weight) × cross-entropy, the control its cross-entropy. {_loss_in_words(details)}",
+            "positions, each times its own and its row's weight, divided by their number. What the student minimises "
+            "is kd_weight × distillation loss + (1 − kd_weight) × cross-entropy, the control its "
+            f"cross-entropy. {_loss_in_words(details)}",
             "alt": "Falling lines of training loss over optimiser steps.",
         },
     }
