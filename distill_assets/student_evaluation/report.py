@@ -254,8 +254,8 @@ def _captions(evaluation: Evaluation, details: ReportDetails) -> dict[str, dict[
         "loss": {
             "title": "Training",
             "caption": f"Losses of each of the {details.trained_on.steps:,} optimiser steps (faint), before its "
-            "update, and their mean over a twentieth of them, centred on the step and shorter at the ends, in nats: the "
-            "sum over the step's supervised positions, each times its own and its row's weight, divided by their "
+            "update, and their mean over a twentieth of them, centred on the step and shorter at the ends, in nats: "
+            "the sum over the step's supervised positions, each times its own and its row's weight, divided by their "
             "number. What the student minimises is kd_weight × distillation loss + (1 − kd_weight) × cross-entropy, "
             f"the control its cross-entropy. {_loss_in_words(details)}",
             "alt": "Falling lines of training loss over optimiser steps.",
