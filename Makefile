@@ -45,7 +45,7 @@ bench: setup  ## every benchmark, one after another; each prints a table; run on
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@$(BIN)/python benchmarks/quality.py --quick
 
-bench-quality: setup  ## which targets make the best student, all of it; hours, and goes on where it was stopped
+bench-quality: setup  ## which targets make the best student, all of it; an hour or two, and goes on where it was stopped
 	$(BIN)/python benchmarks/quality.py --plot benchmarks/quality.svg
 
 clean:  ## remove .venv and caches; data/ is never touched

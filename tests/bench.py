@@ -33,12 +33,20 @@ class Bench:
 
 
 def edit(root: Path, **sections: object) -> None:
-    """Change keys of sections of a home's distill.yaml."""
-    file = root / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name, section in sections.items():
-        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
-    file.write_text(yaml.safe_dump(settings))
+    """Change keys of sections of a home's distill.yaml, and leave their other keys."""
+    settings = yaml.safe_load((root / "distill.yaml").read_text())
+    merged = {
+        name: {**settings.get(name, {}), **section} if isinstance(section, dict) else section
+        for name, section in sections.items()
+    }
+    replace(root, **merged)
+
+
+def replace(root: Path, **sections: object) -> None:
+    """Put sections into a home's distill.yaml in place of what they were."""
+    file, beside = root / "distill.yaml", root / "distill.yaml.new"  # a server looks at any moment
+    beside.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **sections}))
+    beside.replace(file)
 
 
 @contextmanager

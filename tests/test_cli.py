@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from distill_assets import cli
 from tests import tiny
+from tests.bench import edit, replace
 
 DISTILL = [sys.executable, "-m", "distill_assets.cli"]
 
@@ -287,11 +287,7 @@ def test_settings_that_cannot_be_used_leave_results_alone(
 ) -> None:
     tiny.save_model(fresh / "other", tiny.train_tokenizer([t[::-1] for t in tiny.TEXT]))
     shutil.copytree(teacher_folder, fresh / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    file = fresh / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    [(name, values)] = section.items()
-    settings[name] = values if name == "student" else {**settings[name], **values}
-    file.write_text(yaml.safe_dump(settings))
+    (replace if "student" in section else edit)(fresh, **section)
     before = snapshot(fresh)
     assert message in refusal("run", home=fresh)
     assert snapshot(fresh) == before

@@ -20,6 +20,9 @@ LOCKS = Path(tempfile.gettempdir()) / f"distill_assets-devices-{getpass.getuser(
 _LOOK_SECONDS = 0.2  # between two looks at devices that are all taken
 _MEMORY_WORDS = (  # of what raises no exception of its own: host and pinned memory, libraries beside the allocator
     "can't allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "Allocation error : not enough memory",  # zstd, through Arrow
     "MPS backend out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -117,7 +120,7 @@ class Turn:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine, had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_WORDS)
+        isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _MEMORY_WORDS)
     )
 
 

@@ -42,9 +42,9 @@ class DeviceError(DistillError):
 
 
 class OutOfMemory(DistillError):
-    """A forward pass took more memory than the device has. `rows` were in it."""
+    """A device, or the machine, has too little memory. `rows` were in the forward pass that failed, if one did."""
 
-    def __init__(self, message: str, rows: int) -> None:
+    def __init__(self, message: str, rows: int = 0) -> None:
         super().__init__(message)
         self.rows = rows
 

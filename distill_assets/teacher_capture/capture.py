@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
-from distill_assets.foundation.devices import resolve_device
+from distill_assets.foundation.devices import free_memory, is_out_of_memory, resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, EditedImport, OutOfMemory
 from distill_assets.foundation.files import alone
 from distill_assets.foundation.language_model import forward_batch_tokens
@@ -79,7 +80,9 @@ def capture_shard(
         if not force and (current := _current(spec, shard, store)):
             return CaptureReport(current, written=False)  # another process made it while we waited
         try:
-            report = _capture(spec, shard, store, device, batch_tokens, force, on_progress)
+            report = _within_memory(
+                shard, partial(_capture, spec, shard, store, device, batch_tokens, force, on_progress)
+            )
         except SHARD_FAILURES as error:
             store.record_failure(*name, str(error))
             raise
@@ -94,6 +97,24 @@ def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | 
         return None
 
 
+def _within_memory(shard: Shard, capture: Callable[[bool], CaptureReport]) -> CaptureReport:
+    """What `capture` makes with chunks written beside the teacher's work; where memory runs out, once more from the
+    last finished chunk, one thing after the other. OutOfMemory when that does not fit either.
+    """
+    for beside in (True, False):
+        try:
+            return capture(beside)
+        except (RuntimeError, OSError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0] or type(error).__name__
+        free_memory()  # outside the except block, where the traceback holds on to the rows
+    raise OutOfMemory(
+        f"shard {shard.key}: no memory left ({said})\n"
+        "free some, or split the shard, and run again: it goes on from the last finished chunk"
+    )
+
+
 def _capture(
     spec: CaptureSpec,
     shard: Shard,
@@ -102,6 +123,7 @@ def _capture(
     batch_tokens: int | None,
     force: bool,
     on_progress: ProgressListener,
+    beside: bool,
 ) -> CaptureReport:
     name = (spec.capture_id, shard.key, shard.version)
     encoded = encode_shard(shard, spec.encoder)
@@ -117,7 +139,7 @@ def _capture(
     with (
         store.publishing(*name, spec.targets, encoded.has_position_weights) as file,
         ExitStack() as turn,
-        ChunkWriter(finished, file, chunks) as writer,
+        ChunkWriter(finished, file, chunks, beside) as writer,
     ):
         teacher: Teacher | None = None
         for window in plan_windows(todo):

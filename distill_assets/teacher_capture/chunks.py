@@ -293,15 +293,16 @@ class ChunkFolder:
 
 
 class ChunkWriter:
-    """Writes chunks in a thread, one at a time, while the teacher computes the next: each into its own file,
-    so that a kill does not cost it, and then, in the order of the shard, into the capture file.
+    """Writes chunks, each into its own file, so that a kill does not cost it, and then, in the order of the shard,
+    into the capture file.
 
-    An error of the thread is raised by the next call.
+    `beside` the teacher: in a thread, one at a time, while the next one is computed; an error of the thread is
+    raised by the next call. Else at once, which takes less memory.
     """
 
-    def __init__(self, folder: ChunkFolder, capture: CaptureFile, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, folder: ChunkFolder, capture: CaptureFile, chunks: Sequence[Chunk], beside: bool) -> None:
         self._folder, self._capture, self._ahead = folder, capture, deque(chunks)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-writer")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-writer") if beside else None
         self._writing: Future[None] | None = None
         self._keys: frozenset[str] = frozenset()
 
@@ -309,10 +310,14 @@ class ChunkWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
 
     def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
         """Have a chunk written; waits while there is another one in hand."""
+        if self._thread is None:
+            self._write(chunk, rows, cost, derived_from)
+            return
         self._wait()
         self._keys = frozenset(row.key for row in rows)
         self._writing = self._thread.submit(self._write, chunk, rows, cost, derived_from)

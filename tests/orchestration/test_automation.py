@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import dagster as dg
 import pytest
-import yaml
 from dagster import DagsterEventType
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
@@ -26,6 +25,7 @@ from distill_assets.orchestration.partitions import SHARDS, recorded_versions
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from tests import tiny
+from tests.bench import edit
 
 FIRST_FILL = [
     ["tokenizer_compatibility"],
@@ -102,14 +102,6 @@ def shard(daemon: Daemon, key: str) -> Path:
     return daemon.root / "shards" / f"{key}.jsonl"
 
 
-def edit(daemon: Daemon, **sections: dict[str, object]) -> None:
-    file = daemon.root / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name, values in sections.items():
-        settings[name] = {**settings.get(name, {}), **values}
-    file.write_text(yaml.safe_dump(settings))
-
-
 def test_a_fresh_home_is_filled_and_then_only_what_changed_runs(daemon: Daemon) -> None:
     assert daemon.settle() == FIRST_FILL
 
@@ -126,10 +118,10 @@ def test_a_fresh_home_is_filled_and_then_only_what_changed_runs(daemon: Daemon) 
     assert after_deleting == [["capture_catalog"], ["control_student", "student_model"], ["student_evaluation"], []]
     assert "s2" not in daemon.instance.get_dynamic_partitions(SHARDS)
 
-    edit(daemon, training={"seed": 5})
+    edit(daemon.root, training={"seed": 5})
     assert daemon.settle() == [["control_student", "student_model"], ["student_evaluation"], []]
 
-    edit(daemon, targets={"k": 3})
+    edit(daemon.root, targets={"k": 3})
     assert daemon.settle()[0] == FIRST_FILL[1]  # settings of the targets: every shard
 
     states = AssetStates(Pipeline(Home(daemon.root)))
@@ -151,9 +143,9 @@ def test_what_would_mend_a_failed_shard_is_tried(daemon: Daemon) -> None:
     good = shard(daemon, "s0").read_text()
     shard(daemon, "s0").write_text(good + "{not json\n")
     assert daemon.settle() == [*FIRST_FILL[:3], []]
-    edit(daemon, data={"on_bad_row": "skip"})
+    edit(daemon.root, data={"on_bad_row": "skip"})
     assert daemon.settle() == [["teacher_capture[s0]"], *FIRST_FILL[2:]]
-    edit(daemon, data={"on_bad_row": "fail"})
+    edit(daemon.root, data={"on_bad_row": "fail"})
     assert daemon.settle() == [["teacher_capture[s0]"], ["capture_catalog"], []]  # tried, failed, and not listed
     shard(daemon, "s0").write_text(good)
     assert daemon.settle()[0] == ["teacher_capture[s0]"]
@@ -170,9 +162,9 @@ def test_a_damaged_or_deleted_capture_is_made_again(daemon: Daemon) -> None:
 
 
 def test_an_impossible_student_costs_no_teacher(daemon: Daemon) -> None:
-    edit(daemon, student={"from_teacher_layers": [0, 99]})
+    edit(daemon.root, student={"from_teacher_layers": [0, 99]})
     assert daemon.settle() == [FIRST_FILL[0], []]
-    edit(daemon, student={"from_teacher_layers": [0, 2]})
+    edit(daemon.root, student={"from_teacher_layers": [0, 2]})
     assert daemon.settle() == FIRST_FILL[1:]
 
 
@@ -223,9 +215,9 @@ def test_incompatible_tokenizers_stop_everything_and_a_mended_pair_resumes(
     daemon: Daemon, tmp_path: Path, teacher_folder: Path
 ) -> None:
     other = tiny.train_tokenizer([text[::-1] for text in tiny.TEXT])
-    edit(daemon, student={"from_teacher_layers": None, "model": str(tiny.save_model(tmp_path / "other", other))})
+    edit(daemon.root, student={"from_teacher_layers": None, "model": str(tiny.save_model(tmp_path / "other", other))})
     assert daemon.settle() == [["tokenizer_compatibility"], []]
-    edit(daemon, student={"from_teacher_layers": [0], "model": None})
+    edit(daemon.root, student={"from_teacher_layers": [0], "model": None})
     assert daemon.settle() == FIRST_FILL
 
 
@@ -306,7 +298,7 @@ def test_a_capture_made_before_its_shard_was_observed_is_fresh_at_the_second_loo
 
 def test_another_student_leaves_captures_fresh(daemon: Daemon) -> None:
     daemon.settle()
-    edit(daemon, student={"from_teacher_layers": None, "config": {"model_type": "llama", "vocab_size": 400}})
+    edit(daemon.root, student={"from_teacher_layers": None, "config": {"model_type": "llama", "vocab_size": 400}})
     assert daemon.tick() == ["tokenizer_compatibility"]
     assert shown(daemon, "s1") == "STALE"  # its record names another verdict
     daemon.watch()

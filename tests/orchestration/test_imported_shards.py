@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from distill_assets.capture_catalog.query import run_query
@@ -28,7 +27,7 @@ from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.importing import ImportReport
 from distill_assets.teacher_capture.interchange import export_jsonl
 from tests import tiny
-from tests.bench import edit
+from tests.bench import edit, replace
 
 
 def run(root: Path, **options: object) -> RunReport:
@@ -167,7 +166,7 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     another = tiny.save_model(tmp_path / "teacher", tokenizer, seed=7)  # type: ignore[arg-type]
     source = of_another_engine(home, another, tmp_path)
     (home / "shards" / "s1.jsonl").unlink()
-    with_targets(home, {"k": 8, "tail_samples": 2})  # learnt from beside rows without
+    replace(home, targets={"k": 8, "tail_samples": 2})  # learnt from beside rows without
     pinned = Pipeline(Home(home)).import_jsonl(source, "s1", shifted=False, replace=False).capture.path
     assert verify(Home(home)).problems == ()  # no catalog was ever made
     report = run(home)
@@ -180,7 +179,7 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     shard.write_text(rows)
     assert states(home)["s1"] == "current"
 
-    with_targets(home, {"kind": "sampled", "samples": 5})
+    replace(home, targets={"kind": "sampled", "samples": 5})
     with pytest.raises(InterchangeError, match=r"set targets\.kind: top_k"):
         Pipeline(Home(home)).import_jsonl(source, "s2", shifted=False, replace=False)
     with pytest.raises(TrainingError, match="captures of different kinds of targets"):
@@ -190,11 +189,6 @@ def test_verify_knows_imports_gc_keeps_them_and_kinds_do_not_mix(
     pinned.unlink()
     missing = [problem for problem in verify(Home(home)).problems if problem.path == pinned]
     assert [problem.kind for problem in missing] == ["missing"] and "it was imported" in missing[0].message
-
-
-def with_targets(home: Path, targets: dict[str, object]) -> None:
-    settings = yaml.safe_load((home / "distill.yaml").read_text())
-    (home / "distill.yaml").write_text(yaml.safe_dump({**settings, "targets": targets}))
 
 
 def foreign_lines(n: int) -> list[dict[str, object]]:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distill_assets.definitions import defs
 from distill_assets.foundation.home import Home
 from distill_assets.orchestration.bring_up_to_date import RunReport, bring_up_to_date
 from tests import tiny
+from tests.bench import edit, replace
 
 KINDS = {
     "sampled": {"kind": "sampled", "samples": 12},
@@ -24,16 +24,11 @@ def run(root: Path) -> RunReport:
     return bring_up_to_date(defs, Home(root), device="cpu")
 
 
-def edit(root: Path, **sections: dict[str, object]) -> None:
-    file = root / "distill.yaml"
-    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **sections}))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_makes_a_student_a_control_and_a_report(tmp_path: Path, teacher_folder: Path, kind: str) -> None:
     training = {"learning_rate": 2.0e-3, "batch_tokens": 256, "epochs": 6, "kd_weight": 1.0}
     home = Home(tiny.make_home(tmp_path / "home", teacher_folder, shards=2, training=training))
-    edit(home.root, targets=KINDS[kind])
+    replace(home.root, targets=KINDS[kind])
     report = run(home.root)
     assert report.failures == {} and report.rows_captured == 18
     assert report.report is not None and report.student_id is not None and report.control_id is not None
@@ -46,7 +41,7 @@ def test_every_kind_makes_a_student_a_control_and_a_report(tmp_path: Path, teach
     assert ("forward_kl" in card) == (kind == "tail samples")
     assert run(home.root).materialized == []
 
-    edit(home.root, training={**training, "tail_sample_weight": 1.0})
+    edit(home.root, training={"tail_sample_weight": 1.0})
     again = run(home.root)
     assert (again.student_id != report.student_id) == (kind == "tail samples")
     assert again.control_id == report.control_id and again.rows_captured == 0

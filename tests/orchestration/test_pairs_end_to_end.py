@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -30,6 +29,7 @@ from distill_assets.student_model.vocabulary import fit_rows
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
+from tests.bench import edit
 
 N = 320
 
@@ -112,9 +112,7 @@ def test_a_subset_pair(tmp_path: Path, teacher_folder: Path) -> None:
         capture_and_train(root)
     assert not (root / "students").exists() or not list((root / "students").iterdir())
 
-    file = root / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({**settings, "tokenizer": {"max_missing_mass": 1.0}}))
+    edit(root, tokenizer={"max_missing_mass": 1.0})
     folder = capture_and_train(root)
     found = json.loads((root / "tokenizer_report.json").read_text())
     assert (found["verdict"], found["missing_ids"]) == ("subset", {"count": 20, "ranges": [[n, N - 1]]})

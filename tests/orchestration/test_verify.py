@@ -10,7 +10,6 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 
 from distill_assets.definitions import defs
@@ -23,7 +22,7 @@ from distill_assets.orchestration.verify import verify
 from distill_assets.student_model.saving import RECORD_FILE
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
-from tests.bench import put_back
+from tests.bench import edit, put_back
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +292,7 @@ def test_reports_that_are_not_whole(home: Home) -> None:
 
 
 def test_a_damaged_capture_by_another_tokenizer_is_judged_without_its_vocabulary(home: Home) -> None:
-    file = home.settings_file
-    settings = yaml.safe_load(file.read_text())
     other = tiny.save_model(home.root / "other", tiny.train_tokenizer(vocab_size=300))
-    settings["teacher"]["model"] = str(other)
-    file.write_text(yaml.safe_dump(settings))
+    edit(home.root, teacher={"model": str(other)})
     assert found(home) == []  # ids of the old captures reach beyond the new vocabulary
     assert max(map(max, pq.read_table(current(home, "s0"))["input_ids"].to_pylist())) >= 300

@@ -6,19 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distill_assets.foundation.errors import ModelError, SettingsError
 from tests import tiny
-from tests.bench import Bench
+from tests.bench import Bench, edit
 
 
 def edited(home: Path, **sections: dict[str, object]) -> str:
-    file = home / "distill.yaml"
-    settings = yaml.safe_load(file.read_text())
-    for name, section in sections.items():
-        settings[name] = {**settings.get(name, {}), **section}
-    file.write_text(yaml.safe_dump(settings))
+    edit(home, **sections)
     return Bench(home).spec.capture_id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -58,6 +59,45 @@ except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
 """
 
+# Once the last row has been scored memory is full, but for what garbage holds, if `garbage`.
+FULL = """
+import gc, json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from tests.bench import Bench
+from distill_assets.teacher_capture.capture import capture_shard
+
+root, garbage = Path(sys.argv[1]), sys.argv[2] == "garbage"
+bench = Bench(root)
+shard, options = bench.shards["s0"], {"device": "cpu", "batch_tokens": 128}
+capture_shard(bench.spec, bench.shards["small"], bench.store, **options)  # libraries and threads are up
+gc.disable()
+kept = []
+
+def listen(progress):
+    if kept or progress.done < progress.total:
+        return
+    kept.append(progress.done)
+    time.sleep(2)  # the chunk before has been written, and what that took is free
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+    hog = []
+    try:
+        while True:
+            hog.append(np.empty(64 << 10, dtype=np.uint8))
+    except MemoryError:
+        del hog[-12:]  # room for what a chunk is made of, but not for compressing it well
+    (hog if garbage else kept).append(hog)
+
+try:
+    report = capture_shard(bench.spec, shard, bench.store, on_progress=listen, **options)
+    print(json.dumps({"path": str(report.capture.path), "filled": bool(kept)}))
+except Exception as error:
+    kept.clear()
+    gc.collect()
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
 
 def make(root: Path, teacher: Path) -> Path:
     tiny.make_home(root, teacher, shards=0, data={"max_length": 256})
@@ -68,14 +108,19 @@ def make(root: Path, teacher: Path) -> Path:
 
 
 def capture(root: Path, room: int, kill_after: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CAPTURE, str(root), str(room), str(kill_after)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return python(CAPTURE, str(root), str(room), str(kill_after))
+
+
+def python(*command: str) -> subprocess.CompletedProcess[str]:
+    # Else each thread's allocator reserves address space by the 64 MB, which is no memory used.
+    lean = os.environ | {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    return subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False, env=lean)
 
 
 def test_passes_are_halved_and_a_killed_run_goes_on_alike(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    # Wide enough that a pass of 8,192 tokens needs some 300 MB: its hidden states alone are 32 MB.
-    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=2048)
-    room = 260 * MIB  # a halved pass, threads and the compression of a row group beside it fit
+    # Wide enough that a capture in passes of 8,192 tokens needs 640 MB, and 320 MB in passes of half as many.
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=4096)
+    room = 480 * MIB
     whole = capture(make(tmp_path / "whole", teacher), room)
     answer = json.loads(whole.stdout)
     assert "error" not in answer, answer
@@ -95,13 +140,40 @@ def test_passes_are_halved_and_a_killed_run_goes_on_alike(tmp_path: Path, tokeni
 
 
 def test_a_row_that_does_not_fit_alone_is_one_clear_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=65_536)
+    teacher = tiny.save_model(tmp_path / "teacher", tokenizer, hidden_size=1024, intermediate_size=32_768)
     root = make(tmp_path / "home", teacher)
     answer = json.loads(capture(root, 40 * MIB).stdout)
     assert answer["error"].startswith("OutOfMemory: cpu has no memory left for a forward pass of 1 x ")
     assert "lower data.max_length" in answer["error"]
     bench = Bench(root)
     assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+
+
+def test_chunks_that_find_no_memory_beside_the_teacher_are_written_when_it_rests(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    full, roomy = make(tmp_path / "full", teacher_folder), Bench(make(tmp_path / "roomy", teacher_folder))
+    answer = json.loads(python(FULL, str(full), "garbage").stdout)
+    assert answer.get("filled"), answer
+    undisturbed = capture_shard(roomy.spec, roomy.shards["s0"], roomy.store, device="cpu", batch_tokens=128).capture
+    assert pq.read_table(answer["path"]).equals(pq.read_table(undisturbed.path))
+    assert not list(full.rglob(".unfinished-*"))
+
+
+def test_without_memory_for_a_chunk_the_finished_ones_stay(tmp_path: Path, teacher_folder: Path) -> None:
+    root = make(tmp_path / "home", teacher_folder)
+    answer = json.loads(python(FULL, str(root), "for good").stdout)
+    assert answer["error"].startswith("OutOfMemory: shard s0: no memory left ("), answer
+    assert "goes on from the last finished chunk" in answer["error"]
+    assert list(root.rglob(".unfinished-s0@*/*.parquet"))
+    bench = Bench(root)
+    assert bench.store.failure(bench.spec.capture_id, "s0", bench.shards["s0"].version) is None
+    seen: list[int] = []
+    report = capture_shard(
+        bench.spec, bench.shards["s0"], bench.store,
+        device="cpu", batch_tokens=128, on_progress=lambda progress: seen.append(progress.done),
+    )  # fmt: skip
+    assert max(seen, default=0) < report.capture.stats.tokens / 2
 
 
 def test_a_host_without_room_for_the_figures_is_out_of_memory_too(tmp_path: Path, teacher_folder: Path) -> None:

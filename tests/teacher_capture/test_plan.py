@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import pytest
-import yaml
 
 from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.foundation.errors import ShardError
@@ -15,7 +14,7 @@ from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.plan import FILE_BYTES, ShardPlan, plan_capture
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
-from tests.bench import Bench
+from tests.bench import Bench, replace
 
 
 def plan(bench: Bench, catalogued: tuple[str, ...] = ()) -> dict[str, ShardPlan]:
@@ -112,8 +111,7 @@ def test_estimates_say_what_they_are_based_on(bench: Bench) -> None:
 def test_a_first_plan_foresees_what_was_measured_of_each_kind(
     bench: Bench, targets: dict[str, Any], measured: float
 ) -> None:
-    settings = yaml.safe_load(bench.home.settings_file.read_text())
-    bench.home.settings_file.write_text(yaml.safe_dump(settings | {"targets": targets}))
+    replace(bench.home.root, targets=targets)
     said = re.search(r"([0-9]+) bytes a scored position", basis(bench))
     assert said and int(said[1]) + FILE_BYTES / 3072 == pytest.approx(measured, rel=0.1)
 

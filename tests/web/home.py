@@ -20,6 +20,7 @@ import yaml
 from distill_assets.capture_catalog.query import run_query
 from distill_assets.teacher_capture.store import read_capture
 from tests import tiny
+from tests.bench import edit
 from tests.web.server import Server, wait_until_empty
 
 # What the UI shows for each state of `distill status`. A shard whose file is gone is no partition.
@@ -89,12 +90,7 @@ class LiveHome:
 
     def edit(self, **sections: Mapping[str, object]) -> None:
         """Merge sections into distill.yaml."""
-        settings = self.settings()
-        for name, values in sections.items():
-            settings[name] = {**settings.get(name, {}), **values}
-        beside = self.root / "distill.yaml.new"
-        beside.write_text(yaml.safe_dump(settings))
-        beside.replace(self.root / "distill.yaml")
+        edit(self.root, **sections)
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = yaml.safe_load((self.root / "distill.yaml").read_text())
