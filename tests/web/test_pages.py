@@ -32,6 +32,7 @@ ASSETS = (
 )
 # Groups are drawn closed; this is what clicking all three open puts into the address.
 EXPANDED = "%2C".join(f"global%40global%3A{group}" for group in ("data", "capture", "students"))
+PLOTTED = ("rows captured", "rows reused", "tokens", "bytes", "tokens per second", "mean entropy (nats)")
 GIVEN = os.environ.get("DISTILL_PICTURES_HOME")
 
 
@@ -75,6 +76,19 @@ def test_the_partitions(server: Server, page: Page, home: LiveHome, folder: Path
         expect(page.get_by_text(key, exact=True).first).to_be_visible()
     expect(page.get_by_text("mean kept mass").first).to_be_visible()
     take(page, folder / "partitions.png", height=755)  # above the file's path, which is the picture-taker's
+
+
+def test_the_captures_columns_code_and_figures_over_partitions_and_time(server: Server, page: Page) -> None:
+    page.goto("/assets/teacher_capture", wait_until="domcontentloaded")
+    expect(page.get_by_text("list<list<uint8>>", exact=True)).to_be_visible()
+    code = page.get_by_role("link", name=re.compile("assets.py in editor"))
+    expect(code).to_have_attribute("href", re.compile(r"orchestration/assets\.py:\d+$"))
+    page.get_by_role("button", name="Plots").click()
+    for over in ("Partitions", "Events"):
+        page.get_by_role("button", name=over).click()
+        for figure in PLOTTED:
+            titled = re.compile(f"^{re.escape(figure)}$")
+            expect(page.locator("div", has=page.locator("canvas"), has_text=titled).first).to_be_visible()
 
 
 @pytest.mark.parametrize("asset", ["capture_catalog", "student_model", "student_evaluation"])
