@@ -103,7 +103,8 @@ class LiveHome:
     # what is found ---------------------------------------------------------------------------
 
     def _files(self) -> dict[Path, tuple[int, int]]:
-        files = (self.root / "captures").rglob("*.parquet")
+        # What a killed process left unfinished begins with a dot, and so does a folder of chunks.
+        files = (self.root / "captures").glob("[!.]*/[!.]*.parquet")
         return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
     def captured(self) -> dict[str, Captured]:
