@@ -31,7 +31,8 @@ _DISK_WORDS = (
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
+    # Its end is another one too: whoever reads captures/*/*.parquet with DuckDB or Polars finds what is finished.
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}~")
 
 
 def _sync(path: Path) -> None:

@@ -32,6 +32,13 @@ def test_a_file_is_replaced_in_a_folder_that_is_made(tmp_path: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_an_unfinished_file_is_none_of_its_kind(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.parquet") as beside:
+        beside.touch()
+        assert list(tmp_path.glob("*.parquet")) == []  # hidden names match, as they do for DuckDB and Polars
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
 def test_a_file_nobody_wrote_is_an_error_not_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "a.txt"):
         pass
