@@ -31,7 +31,11 @@ CHANGED = 10  # shards, besides one, to see what one more costs
 
 
 def main() -> None:
-    options = arguments(__doc__, shards=(int, 2000, "shards"))
+    options = arguments(
+        __doc__,
+        shards=(int, 2000, "shards"),
+        kilobytes=(int, 0, "size that blanks bring each shard to; 1000 makes 2 GB of 2000"),
+    )
     with scratch() as folder:
         root = Path(folder)
         home = BenchHome(root / "home", random_model(root / "teacher", VOCABULARY, width=32, layers=1), k=4)
@@ -40,12 +44,14 @@ def main() -> None:
         for i in range(options.shards - 1):
             home.write(f"s{i}", [row(draw)])
         home.write("heldout", [row(draw)])
+        for file in (home.home.root / "shards").iterdir():
+            file.write_text(file.read_text().rstrip("\n").ljust(1000 * options.kilobytes) + "\n")
         shards = home.shards()
         first = capture_shard(home.spec, shards["heldout"], home.store, device="cpu").capture
         for shard in shards.values():
             if shard.key != "heldout":
                 as_shard(home, first, shard.key, shard.version)
-        show("orchestration", measure(home, draw), options.json, shards=options.shards)
+        show("orchestration", measure(home, draw), options.json, shards=options.shards, kilobytes=options.kilobytes)
 
 
 def row(draw: random.Random) -> Row:
