@@ -148,14 +148,14 @@ def _split(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine
         array = pa.array([], column.type)
     offsets = array.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0], array.flatten()
+    return offsets - offsets[0], array.values.slice(offsets[0], offsets[-1] - offsets[0])
 
 
 def _split_lists(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Offsets of the positions' lists, from 0, and flat values of a column of lists of lists."""
     _, lists = _split(column)
     offsets = lists.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0], lists.flatten().to_numpy()
+    return offsets - offsets[0], lists.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy()
 
 
 def _padded_ids(offsets_P1: NDArray[np.int64], ids_M: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -194,28 +194,28 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
         floats(name, null) for name, null in zip(_PER_POSITION, (-np.inf, np.nan, np.nan), strict=True)
     )
     ids, positions = ids.to_numpy(), positions.to_numpy()
-    plain = table.select(["row", "key", "id", "weight", "truncated"]).to_pylist()
-    position_weights = position_weights_of(table)
-    row_starts, ids_starts = row_offsets.tolist(), ids_offsets.tolist()  # slicing by numpy's own integers is slow
+    # One loop a row, and lists of Python's own integers for it: slicing by numpy's is slow.
+    row_starts, ids_starts, kept_starts = row_offsets.tolist(), ids_offsets.tolist(), kept_offsets[row_offsets].tolist()
+    plain = [table[name].to_pylist() for name in ("row", "key", "id", "weight", "truncated")]
     rows: list[CapturedRow] = []
-    for i, values in enumerate(plain):
-        part = slice(row_starts[i], row_starts[i + 1])
-        offsets_P1 = kept_offsets[part.start : part.stop + 1]
-        kept = slice(offsets_P1[0].item(), offsets_P1[-1].item())
+    for i, (row, key, id_, weight, truncated, weights_P) in enumerate(
+        zip(*plain, position_weights_of(table), strict=True)
+    ):
+        start, stop = row_starts[i], row_starts[i + 1]
+        kept_start, kept_stop = kept_starts[i], kept_starts[i + 1]
         targets = SparseTargets(
-            positions_P=positions[part],
-            offsets_P1=offsets_P1 - kept.start,
-            support_ids_N=support_ids[kept],
-            support_logprobs_N=logprobs[kept],
-            tail_logprob_P=tail[part],
-            gold_logprob_P=gold[part],
-            entropy_P=entropy[part],
-            weights_N=None if weights is None else weights[kept],
-            tail_sample_ids_PS=None if samples is None else samples[part],
+            positions_P=positions[start:stop],
+            offsets_P1=kept_offsets[start : stop + 1] - kept_start,
+            support_ids_N=support_ids[kept_start:kept_stop],
+            support_logprobs_N=logprobs[kept_start:kept_stop],
+            tail_logprob_P=tail[start:stop],
+            gold_logprob_P=gold[start:stop],
+            entropy_P=entropy[start:stop],
+            weights_N=None if weights is None else weights[kept_start:kept_stop],
+            tail_sample_ids_PS=None if samples is None else samples[start:stop],
         )
         input_ids = ids[ids_starts[i] : ids_starts[i + 1]]
-        weights_P = position_weights[i]
-        rows.append(CapturedRow(input_ids=input_ids, targets=targets, position_weights=weights_P, **values))
+        rows.append(CapturedRow(row, key, id_, input_ids, weight, truncated, targets, weights_P))
     return rows
 
 

@@ -134,24 +134,34 @@ class SparseTargets:
         )
 
     def padded(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing).
+        """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing). No position keeps
+        more than k.
 
         Mask before arithmetic: -inf in a product gives NaN gradients.
         """
-        return self._padded(k, self.support_ids_N, np.int64(0)), self._padded(
-            k, self.support_logprobs_N, np.float32(-np.inf)
+        places_N = self._places_N(k)
+        return (
+            self._padded(k, places_N, self.support_ids_N, np.int64(0)),
+            self._padded(k, places_N, self.support_logprobs_N, np.float32(-np.inf)),
         )
 
     def padded_weights(self, k: int) -> NDArray[np.float32]:
         """Weights [P, k] in the places of `padded`, 0 where nothing; of targets that have weights."""
         assert self.weights_N is not None
-        return self._padded(k, self.weights_N, np.float32(0))
+        return self._padded(k, self._places_N(k), self.weights_N, np.float32(0))
 
-    def _padded(self, k: int, values_N: NDArray[Any], nothing: Any) -> NDArray[Any]:
-        if len(values_N) == self.n_positions * k:  # no position keeps more: all are full
+    def _places_N(self, k: int) -> NDArray[np.int64] | None:
+        """Where each kept id stands among P x k places; None where every place is taken."""
+        if len(self.support_ids_N) == self.n_positions * k:
+            return None
+        before_P = np.arange(self.n_positions) * k - self.offsets_P1[:-1]
+        return np.arange(len(self.support_ids_N)) + np.repeat(before_P, self.kept_P)
+
+    def _padded(self, k: int, places_N: NDArray[np.int64] | None, values_N: NDArray[Any], nothing: Any) -> NDArray[Any]:
+        if places_N is None:
             return values_N.reshape(self.n_positions, k).astype(np.result_type(nothing))
         values_PK = np.full((self.n_positions, k), nothing)
-        values_PK[np.arange(k) < self.kept_P[:, None]] = values_N
+        values_PK.reshape(-1)[places_N] = values_N
         return values_PK
 
     @staticmethod
