@@ -47,6 +47,7 @@ from distill_assets.teacher_capture.store import Capture, CaptureStore, read_cap
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WIDE_VOCABULARY = 151_936  # as many ids as Qwen2.5 has
+_PIECE = 1500  # characters of a docstring in one row at most
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def real_rows(teacher: Path, n_tokens: int) -> list[Row]:
 
 
 def docstring_rows(teacher: Path, n_tokens: int) -> list[Row]:
-    """Docstrings of the standard library with their names as prompts, up to `n_tokens`; none twice."""
+    """Docstrings of the standard library, long ones in pieces, with what they are of as prompts, up to `n_tokens`; none
+    twice.
+    """
     tokenizer = load_tokenizer(resolve_model(str(teacher), None, teacher))
     rows: list[Row] = []
     seen: set[str] = set()
@@ -176,17 +179,19 @@ def docstring_rows(teacher: Path, n_tokens: int) -> list[Row]:
         except (SyntaxError, UnicodeDecodeError):
             continue  # samples for parsers
         for node in ast.walk(tree):
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
-            text = ast.get_docstring(node)
-            if not text or len(text) < 80 or text in seen:
-                continue
-            seen.add(text)
-            prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{node.name}:\n", text[:1500]))
-            rows.append(Row([*prompt, *completion], len(prompt)))
-            total += len(rows[-1].ids)
-            if total >= n_tokens:
-                return rows
+            text = ast.get_docstring(node) or ""
+            name = file.stem if isinstance(node, ast.Module) else node.name
+            for piece in (text[start : start + _PIECE] for start in range(0, len(text), _PIECE)):
+                if len(piece) < 80 or piece in seen:
+                    continue
+                seen.add(piece)
+                prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{name}:\n", piece))
+                rows.append(Row([*prompt, *completion], len(prompt)))
+                total += len(rows[-1].ids)
+                if total >= n_tokens:
+                    return rows
     raise SystemExit(f"the standard library has only {total:,} tokens of docstrings; ask for fewer with --tokens")
 
 

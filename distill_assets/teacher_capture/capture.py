@@ -104,6 +104,9 @@ def _within_memory(shard: Shard, capture: Callable[[bool], CaptureReport]) -> Ca
     for beside in (True, False):
         try:
             return capture(beside)
+        except OutOfMemory:  # a single row's forward pass, which may fit once no chunk is written beside it
+            if not beside:
+                raise
         except (RuntimeError, OSError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
