@@ -24,7 +24,7 @@ SHARDS = 200
 
 def main() -> None:
     options = arguments(
-        __doc__, tokens=(int, 410_000, "tokens of the first run"), device=(str, "auto", "device of the teacher")
+        __doc__, tokens=(int, 410_000, "most tokens of the first run"), device=(str, "auto", "device of the teacher")
     )
     with scratch() as folder:
         teacher = smollm2()

@@ -1,10 +1,10 @@
 """How close the capture engine is to the bare forward pass, and to the loop people write.
 
-`engine`: `capture_shard` from the shard file to the published Parquet, teacher loaded. `bare`: the forward
-pass of the model as transformers loads it, full head at every token, on the same tokens in batches without
-padding, and nothing kept. `loop`: that model on rows in file order, padded to the longest of a batch of 8,
-log_softmax and topk of all logits, written as JSONL. All three take turns; compared are the fastest rounds of
-each, since what else a machine does can only add time.
+`engine`: `capture_shard` from the shard file to the published Parquet, teacher loaded. `bare`: the
+model's own forward pass, full head at every token, on the same tokens in batches without padding, and
+nothing kept. `loop`: rows in file order, padded to the longest of a batch of 8, log_softmax and topk of
+all logits, written as JSONL. All three take turns; compared are the fastest rounds of each, since what else
+a machine does can only add time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from workload import (
     WIDE_VOCABULARY,
     BenchHome,
@@ -35,7 +34,7 @@ from workload import (
 )
 
 from distill_assets.foundation.devices import resolve_device
-from distill_assets.foundation.language_model import forward_batch_tokens, load_model
+from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.teacher import Teacher, load_teacher
@@ -67,24 +66,23 @@ def main() -> None:
             }
             home = BenchHome(Path(folder) / f"home-{teacher.name}", teacher, k=K)
             loaded = load_teacher(home.spec.weights, "float32", options.device)
-            plain = load_model(home.spec.weights.folder, "float32", loaded.device)
             peak = head_peak_bytes(loaded)
             for workload, given in workloads.items():
                 if options.only not in f"{name} {workload}":
                     continue
-                line = measure(home, plain, given, options.device, options.repeats)
+                line = measure(home, loaded, given, options.device, options.repeats)
                 results.append({"teacher": name, "workload": workload, **line, "head peak MiB": peak / 2**20})
     show("capture_speed", results, options.json, k=K)
 
 
-def measure(home: BenchHome, model: PreTrainedModel, rows: Sequence[Row], device: str, repeats: int) -> dict[str, Any]:
+def measure(home: BenchHome, teacher: Teacher, rows: Sequence[Row], device: str, repeats: int) -> dict[str, Any]:
     home.write("s", rows)
     shard = home.shards()["s"]
     budget = forward_batch_tokens(resolve_device(device))
     ways: dict[str, Callable[[], None]] = {
         "engine": lambda: _engine(home, shard, device),
-        "bare": lambda: bare_forward(model, rows, budget),
-        "loop": lambda: naive_loop(model, rows, home.home.root / "loop.jsonl"),
+        "bare": lambda: bare_forward(teacher, rows, budget),
+        "loop": lambda: naive_loop(teacher, rows, home.home.root / "loop.jsonl"),
     }
     seconds = by_turns(ways, repeats)
     fastest = {way: min(rounds) for way, rounds in seconds.items()}
@@ -102,24 +100,24 @@ def _engine(home: BenchHome, shard: Any, device: str) -> None:
 
 
 @torch.inference_mode()
-def bare_forward(model: PreTrainedModel, rows: Sequence[Row], budget: int) -> None:
+def bare_forward(teacher: Teacher, rows: Sequence[Row], budget: int) -> None:
     """The same tokens, end to end in rows of their mean length, as many rows a pass as the budget takes."""
-    ids = torch.tensor([token for row in rows for token in row.ids], device=model.device)
+    ids = torch.tensor([token for row in rows for token in row.ids], device=teacher.device)
     # Attention grows with length: rows of the length the average token stands in cost what the ragged ones do.
     length = round(sum(len(row.ids) ** 2 for row in rows) / len(ids))
     per_pass = max(1, budget // length) * length
     for part in ids.split(per_pass):
         whole = len(part) // length * length
         if whole:
-            model(input_ids=part[:whole].view(-1, length), use_cache=False)
+            teacher.model(input_ids=part[:whole].view(-1, length), use_cache=False)
         if whole < len(part):
-            model(input_ids=part[None, whole:], use_cache=False)
-    if model.device.type == "cuda":
+            teacher.model(input_ids=part[None, whole:], use_cache=False)
+    if teacher.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 @torch.inference_mode()
-def naive_loop(model: PreTrainedModel, rows: Sequence[Row], out: Path) -> None:
+def naive_loop(teacher: Teacher, rows: Sequence[Row], out: Path) -> None:
     with out.open("w", encoding="utf-8") as stream:
         for start in range(0, len(rows), LOOP_BATCH):
             batch = rows[start : start + LOOP_BATCH]
@@ -129,7 +127,9 @@ def naive_loop(model: PreTrainedModel, rows: Sequence[Row], out: Path) -> None:
             for i, row in enumerate(batch):
                 ids[i, : len(row.ids)] = torch.tensor(row.ids)
                 mask[i, : len(row.ids)] = 1
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            logits = teacher.model(
+                input_ids=ids.to(teacher.device), attention_mask=mask.to(teacher.device), use_cache=False
+            ).logits
             top, top_ids = torch.log_softmax(logits.float(), -1).topk(K, -1)
             for i, row in enumerate(batch):
                 part = slice(row.n_prompt - 1, len(row.ids) - 1)

@@ -23,7 +23,6 @@ _MEMORY_WORDS = (  # of what raises no exception of its own: host and pinned mem
     "Cannot allocate memory",
     "can't start new thread",
     "Allocation error : not enough memory",  # zstd, through Arrow
-    "could not create a primitive",  # oneDNN, which makes a kernel for each new shape
     "MPS backend out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -134,8 +134,8 @@ class SparseTargets:
         )
 
     def padded(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing). No position keeps
-        more than k.
+        """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing). ValueError
+        where a position keeps more than k.
 
         Mask before arithmetic: -inf in a product gives NaN gradients.
         """
@@ -152,6 +152,8 @@ class SparseTargets:
 
     def _places_N(self, k: int) -> NDArray[np.int64] | None:
         """Where each kept id stands among P x k places; None where every place is taken."""
+        if (most := int(self.kept_P.max(initial=0))) > k:
+            raise ValueError(f"a position keeps {most} ids, more than {k}")
         if len(self.support_ids_N) == self.n_positions * k:
             return None
         before_P = np.arange(self.n_positions) * k - self.offsets_P1[:-1]

@@ -20,7 +20,6 @@ from distill_assets.foundation.language_model import head_width, load_model
 from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype
 from distill_assets.foundation.tokenizers import TokenIds, load_tokenizer
-from distill_assets.teacher_capture.cpu_linear import speed_up_linear_layers
 
 _turn = Turn()  # of the teacher that is loaded
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -75,7 +74,6 @@ def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = Fal
     target = resolve_device(device)
     ids = TokenIds.of(load_tokenizer(weights.folder))
     model = load_model(weights.folder, dtype, target, spread)
-    speed_up_linear_layers(model.base_model)
     if weights.folder.stamp() != weights.stamp:
         raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
     n_real = min(ids.n_real, head_width(model))  # a narrower head is refused by the tokenizer check

@@ -59,7 +59,7 @@ except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
 """
 
-# Once the last row has been scored memory is full, but for what garbage holds, if `garbage`.
+# Once so much of the shard has been scored memory is full, but for what garbage holds, if `garbage`, and some room.
 FULL = """
 import gc, json, resource, sys, time
 from pathlib import Path
@@ -67,7 +67,7 @@ import numpy as np
 from tests.bench import Bench
 from distill_assets.teacher_capture.capture import capture_shard
 
-root, garbage = Path(sys.argv[1]), sys.argv[2] == "garbage"
+root, garbage, share, room = Path(sys.argv[1]), sys.argv[2] == "garbage", float(sys.argv[3]), int(sys.argv[4])
 bench = Bench(root)
 shard, options = bench.shards["s0"], {"device": "cpu", "batch_tokens": 128}
 capture_shard(bench.spec, bench.shards["small"], bench.store, **options)  # libraries and threads are up
@@ -75,7 +75,7 @@ gc.disable()
 kept = []
 
 def listen(progress):
-    if kept or progress.done < progress.total:
+    if kept or progress.done < share * progress.total:
         return
     kept.append(progress.done)
     time.sleep(2)  # the chunk before has been written, and what that took is free
@@ -86,7 +86,7 @@ def listen(progress):
         while True:
             hog.append(np.empty(64 << 10, dtype=np.uint8))
     except MemoryError:
-        del hog[-12:]  # room for what a chunk is made of, but not for compressing it well
+        del hog[-room:]
     (hog if garbage else kept).append(hog)
 
 try:
@@ -109,6 +109,11 @@ def make(root: Path, teacher: Path) -> Path:
 
 def capture(root: Path, room: int, kill_after: int = 0) -> subprocess.CompletedProcess[str]:
     return python(CAPTURE, str(root), str(room), str(kill_after))
+
+
+def fill_memory(root: Path, how: str, share: float = 1.0, room: int = 12) -> subprocess.CompletedProcess[str]:
+    """`room` in pieces of 64 KB: twelve are enough for what a chunk is made of, but not for compressing it well."""
+    return python(FULL, str(root), how, str(share), str(room))
 
 
 def python(*command: str) -> subprocess.CompletedProcess[str]:
@@ -153,16 +158,25 @@ def test_chunks_that_find_no_memory_beside_the_teacher_are_written_when_it_rests
     tmp_path: Path, teacher_folder: Path
 ) -> None:
     full, roomy = make(tmp_path / "full", teacher_folder), Bench(make(tmp_path / "roomy", teacher_folder))
-    answer = json.loads(python(FULL, str(full), "garbage").stdout)
+    answer = json.loads(fill_memory(full, "garbage").stdout)
     assert answer.get("filled"), answer
     undisturbed = capture_shard(roomy.spec, roomy.shards["s0"], roomy.store, device="cpu", batch_tokens=128).capture
     assert pq.read_table(answer["path"]).equals(pq.read_table(undisturbed.path))
     assert not list(full.rglob(".unfinished-*"))
 
 
+def test_a_row_that_finds_no_memory_beside_a_chunk_is_tried_alone(tmp_path: Path, teacher_folder: Path) -> None:
+    """Each row is a pass of its own here; what fills memory before the third is gone when it is tried again."""
+    full, roomy = make(tmp_path / "full", teacher_folder), Bench(make(tmp_path / "roomy", teacher_folder))
+    answer = json.loads(fill_memory(full, "garbage", share=0.0, room=1).stdout)
+    assert answer.get("filled"), answer
+    undisturbed = capture_shard(roomy.spec, roomy.shards["s0"], roomy.store, device="cpu", batch_tokens=128).capture
+    assert pq.read_table(answer["path"]).equals(pq.read_table(undisturbed.path))
+
+
 def test_without_memory_for_a_chunk_the_finished_ones_stay(tmp_path: Path, teacher_folder: Path) -> None:
     root = make(tmp_path / "home", teacher_folder)
-    answer = json.loads(python(FULL, str(root), "for good").stdout)
+    answer = json.loads(fill_memory(root, "for good").stdout)
     assert answer["error"].startswith("OutOfMemory: shard s0: no memory left ("), answer
     assert "goes on from the last finished chunk" in answer["error"]
     assert list(root.rglob(".unfinished-s0@*/*.parquet"))

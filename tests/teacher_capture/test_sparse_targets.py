@@ -49,6 +49,11 @@ def test_padded_marks_empty_slots_with_minus_infinity() -> None:
     assert np.isneginf(logprobs_PK).tolist() == [[False, False, True], [False, True, True]]
 
 
+def test_padded_loses_nothing() -> None:
+    with pytest.raises(ValueError, match="keeps 3 ids, more than 2"):
+        targets([[0.6, 0.3, 0.05], [0.5]], [0.05, 0.5]).padded(2)  # as many ids as there are places
+
+
 @given(st.lists(st.floats(min_value=-15.875, max_value=0.0, width=32), min_size=1))
 def test_compact_code_is_within_half_a_step(values: list[float]) -> None:
     logprobs = np.array(values, dtype=np.float32)
