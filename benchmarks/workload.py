@@ -164,8 +164,8 @@ def real_rows(teacher: Path, n_tokens: int) -> list[Row]:
 
 
 def docstring_rows(teacher: Path, n_tokens: int) -> list[Row]:
-    """Docstrings of the standard library, long ones in pieces, with what they are of as prompts, up to `n_tokens`, or all
-    that this Python has; none twice.
+    """Docstrings of the standard library, long ones in pieces, with what they are of as prompts, none twice: up to
+    `n_tokens`, or all that this Python has.
     """
     tokenizer = load_tokenizer(resolve_model(str(teacher), None, teacher))
     rows: list[Row] = []
