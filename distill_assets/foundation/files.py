@@ -134,6 +134,13 @@ def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS, aside_seconds: f
     return swept
 
 
+def sweep_beside(path: Path) -> None:
+    """Remove what killed writers of the file `path` left beside it, for whoever alone may write it now."""
+    for left in path.parent.glob(f"{PARTIAL}*~"):
+        if left.name[-len(path.name) - 2 :] == f"-{path.name}~" and len(left.name) == len(_beside(path).name):
+            left.unlink(missing_ok=True)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What unfinished processes left in `folder`, but for what `sweep` would bring back. Links are none."""
     return [

@@ -15,7 +15,7 @@ from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
 from distill_assets.foundation.devices import free_memory, is_out_of_memory, resolve_device
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, EditedImport, OutOfMemory
-from distill_assets.foundation.files import alone
+from distill_assets.foundation.files import alone, sweep_beside
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
 from distill_assets.foundation.settings import TargetSettings
@@ -79,6 +79,7 @@ def capture_shard(
     with alone(store.lock(*name)):  # two processes on one shard version would work in one folder of chunks
         if not force and (current := _current(spec, shard, store)):
             return CaptureReport(current, written=False)  # another process made it while we waited
+        sweep_beside(store.path_of(*name))
         try:
             report = _within_memory(
                 shard, partial(_capture, spec, shard, store, device, batch_tokens, force, on_progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_assets.foundation.files import remove_empty, replacing, replacing_folder, sweep, write_json
+from distill_assets.foundation.files import remove_empty, replacing, replacing_folder, sweep, sweep_beside, write_json
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
@@ -131,6 +131,21 @@ def test_what_is_being_removed_is_not_brought_back(tmp_path: Path, folder: Path)
     shutil.rmtree(folder)
     assert sweep(tmp_path, untouched_seconds=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_neighbours_of_one_file_are_swept(tmp_path: Path) -> None:
+    names = [
+        ".partial-0123abcd-a@1~",
+        ".partial-0123abcd-b-a@1~",
+        ".partial-0123abcd-a@1",
+        "a@1",
+        "a@1~",
+        ".partial-was-a@1",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    sweep_beside(tmp_path / "a@1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_sweeping_removes_unfinished_neighbours_only(tmp_path: Path) -> None:

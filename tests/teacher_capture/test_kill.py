@@ -154,17 +154,19 @@ def test_killed_captures_go_on_and_give_the_same_table(bench: Bench, undisturbed
     moments: list[dict[str, object]] = [{"seconds": random_.uniform(0, 0.4) * seconds} for _ in range(2)]
     moments += [{"reports": random_.randrange(20, 90)} for _ in range(2)]
     moments += [{"step": random_.randrange(1, 30)} for _ in range(3)]
+    moments += [{"reports": 3}]  # while the teacher computes
     seen = sum(killer.kill(bench, **moment) for moment in moments)
     assert not list(bench.home.captures.rglob("s0@*.parquet"))
     found = discover_shards(bench.home.root, bench.home.settings().data, bench.home.hashes())
     planned = {p.shard: p for p in plan_capture(bench.spec, found, bench.store, ()).shards}["s0"]
     assert 0 < planned.rows_to_capture < ROWS  # finished chunks count
 
+    assert len(list(bench.home.captures.rglob(".partial-*-s0@*~"))) == 1  # of the last kill
     resumed, last = capture(bench)
     assert_same(resumed, expected)
     assert pq.ParquetFile(resumed.capture.path).num_row_groups > 3
     assert seen + last <= all_tokens + len(moments) * CHUNK_BATCHES * BATCH_TOKENS  # at most one chunk done again each
-    assert not list(bench.home.captures.rglob(".unfinished-*"))
+    assert not list(bench.home.captures.rglob(".unfinished-*")) and not list(bench.home.captures.rglob(".partial-*"))
 
 
 def test_a_kill_around_publication_costs_nothing(bench: Bench, undisturbed: Bench, killer: Killer) -> None:
