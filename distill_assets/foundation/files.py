@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 PARTIAL = ".partial-"  # what an unfinished neighbour's name begins with; nobody reads such a name
+_RANDOM_DIGITS = 8  # that follow, so that two writers have names of their own
 _REPLACED = f"{PARTIAL}was-"  # the folder whose place is being taken
 DAY_SECONDS = 86_400
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
@@ -32,7 +34,7 @@ _DISK_WORDS = (
 
 def _beside(path: Path) -> Path:
     # Its end is another one too: whoever reads captures/*/*.parquet with DuckDB or Polars finds what is finished.
-    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}~")
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:_RANDOM_DIGITS]}-{path.name}~")
 
 
 def _sync(path: Path) -> None:
@@ -136,9 +138,8 @@ def sweep(folder: Path, untouched_seconds: float = DAY_SECONDS, aside_seconds: f
 
 def sweep_beside(path: Path) -> None:
     """Remove what killed writers of the file `path` left beside it, for whoever alone may write it now."""
-    for left in path.parent.glob(f"{PARTIAL}*~"):
-        if left.name[-len(path.name) - 2 :] == f"-{path.name}~" and len(left.name) == len(_beside(path).name):
-            left.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{PARTIAL}{'?' * _RANDOM_DIGITS}-{glob.escape(path.name)}~"):
+        left.unlink(missing_ok=True)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -196,11 +196,10 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
     ids, positions = ids.to_numpy(), positions.to_numpy()
     # One loop a row, and lists of Python's own integers for it: slicing by numpy's is slow.
     row_starts, ids_starts, kept_starts = row_offsets.tolist(), ids_offsets.tolist(), kept_offsets[row_offsets].tolist()
-    plain = [table[name].to_pylist() for name in ("row", "key", "id", "weight", "truncated")]
+    plain = table.select(["row", "key", "id", "weight", "truncated"]).to_pylist()
+    position_weights = position_weights_of(table)
     rows: list[CapturedRow] = []
-    for i, (row, key, id_, weight, truncated, weights_P) in enumerate(
-        zip(*plain, position_weights_of(table), strict=True)
-    ):
+    for i, values in enumerate(plain):
         start, stop = row_starts[i], row_starts[i + 1]
         kept_start, kept_stop = kept_starts[i], kept_starts[i + 1]
         targets = SparseTargets(
@@ -215,7 +214,8 @@ def from_arrow(table: pa.Table) -> list[CapturedRow]:
             tail_sample_ids_PS=None if samples is None else samples[start:stop],
         )
         input_ids = ids[ids_starts[i] : ids_starts[i + 1]]
-        rows.append(CapturedRow(row, key, id_, input_ids, weight, truncated, targets, weights_P))
+        weights_P = position_weights[i]
+        rows.append(CapturedRow(input_ids=input_ids, targets=targets, position_weights=weights_P, **values))
     return rows
 
 

@@ -141,10 +141,12 @@ def test_only_the_neighbours_of_one_file_are_swept(tmp_path: Path) -> None:
         "a@1",
         "a@1~",
         ".partial-was-a@1",
+        ".partial-0123abcd-c@1~",
     ]
     for name in names:
         (tmp_path / name).touch()
     sweep_beside(tmp_path / "a@1")
+    sweep_beside(tmp_path / "[c]@1")  # a name, no pattern
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
