@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,19 @@ def teacher() -> Teacher:
         model.lm_head.weight.normal_(0, 1.5)
         model.lm_head.weight[VOCABULARY:] = 50.0  # padding that would take all the mass
     return Teacher(model, VOCABULARY, torch.tensor(UNUSED))
+
+
+@contextmanager
+def head_weights(teacher: Teacher, logit_W: Tensor) -> Iterator[None]:
+    """A head that gives these logits to a hidden state of ones."""
+    weight = teacher.model.lm_head.weight
+    saved = weight.detach().clone()
+    with torch.no_grad():
+        weight[:] = logit_W[:, None] / WIDTH
+        try:
+            yield
+        finally:
+            weight[:] = saved
 
 
 def check(teacher: Teacher, hidden_ND: Tensor, gold_N: Tensor, k: int, min_probability: float = 0.0) -> None:
@@ -63,35 +79,39 @@ def test_blocks_join_to_the_dense_distribution(
     check(teacher, torch.randn(POSITIONS, WIDTH), torch.arange(POSITIONS) * 120 + 10, k, 0.01)
 
 
-@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("slopes", [(1, -1, 0), (1, 1, 1), (-1, -1, -1), (0, 0, 0)])
 def test_the_likeliest_ids_are_found_wherever_they_stand(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, order: str
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, slopes: Sequence[float]
 ) -> None:
-    """Rising logits make every tile of a later block a candidate; falling ones none; equal ones all."""
+    """Rising logits make every tile of a later block a candidate; falling ones none but the largest; equal ones all."""
     monkeypatch.setattr(language_model, "BLOCK_BYTES", 1)
-    steps = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order] * torch.arange(VOCABULARY + 8) / 500
-    saved = teacher.model.lm_head.weight.detach().clone()
-    with torch.no_grad():
-        teacher.model.lm_head.weight[:] = steps[:, None] / WIDTH
-    try:
-        check(teacher, torch.ones(3, WIDTH), torch.tensor([9, 2500, 4990]), 20)
-    finally:
-        with torch.no_grad():
-            teacher.model.lm_head.weight[:] = saved
+    with head_weights(teacher, torch.arange(VOCABULARY + 8) / 500):
+        check(teacher, torch.tensor(slopes)[:, None].repeat(1, WIDTH).float(), torch.tensor([9, 2500, 4990]), 20)
+
+
+def test_a_position_whose_logits_are_no_numbers_spoils_no_other(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "BLOCK_BYTES", 1)
+    torch.manual_seed(0)
+    hidden_ND, gold_N, settings = torch.randn(5, WIDTH), torch.arange(5), TargetSettings(k=20)
+    spoilt_ND = hidden_ND.clone()
+    spoilt_ND[[1, 4]] = torch.tensor([torch.nan, torch.inf])[:, None]
+    with torch.inference_mode():
+        expected = top_k_targets(teacher, hidden_ND, gold_N, settings)
+        found = top_k_targets(teacher, spoilt_ND, gold_N, settings)
+    assert found.entropy_N.isfinite().tolist() == [True, False, True, True, False]
+    for name in ("ids_NK", "logprobs_NK", "tail_logprob_N", "gold_logprob_N", "entropy_N"):
+        torch.testing.assert_close(getattr(found, name)[[0, 2, 3]], getattr(expected, name)[[0, 2, 3]])
 
 
 def test_a_tail_far_below_rounding_is_exact(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mass outside is 1e-9: 1 - sum of the kept would be 0, or rounding noise."""
     monkeypatch.setattr(language_model, "BLOCK_BYTES", 1)
-    saved = teacher.model.lm_head.weight.detach().clone()
-    with torch.no_grad():
-        teacher.model.lm_head.weight[:] = 0
-        teacher.model.lm_head.weight[2100] = 30.0 / WIDTH
-    try:
+    logit_W = torch.zeros(VOCABULARY + 8)
+    logit_W[2100] = 30.0
+    with head_weights(teacher, logit_W):
         check(teacher, torch.ones(2, WIDTH), torch.tensor([2100, 5]), 1)
-    finally:
-        with torch.no_grad():
-            teacher.model.lm_head.weight[:] = saved
 
 
 def test_blocks_are_as_small_as_asked(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
