@@ -87,11 +87,11 @@ def collate(rows: Sequence[CapturedRow], with_targets: bool, packed: bool = Fals
     if rows:  # all of them at once: the tensors of a row are so small that calls would cost more than work
         ids, labels = ids_BT.reshape(-1), labels_BT.reshape(-1)
         ids[np.repeat(starts_R, lengths_R) + position_M] = np.concatenate([row.input_ids for row in rows])
-        position_N = np.concatenate([row.targets.positions_P for row in rows])
-        row_N = np.repeat(np.arange(len(rows)), [row.targets.n_positions for row in rows])
-        if (position_N + 1 >= lengths_R[row_N]).any():
+        positions_R = [row.targets.n_positions for row in rows]
+        next_N = np.repeat(starts_R, positions_R) + np.concatenate([row.targets.positions_P for row in rows]) + 1
+        if (next_N >= np.repeat(starts_R + lengths_R, positions_R)).any():
             raise IndexError("a position has no token after it in its row")
-        labels[starts_R[row_N] + position_N] = ids[starts_R[row_N] + position_N + 1]
+        labels[next_N - 1] = ids[next_N]
     batch = {
         "ids_BT": torch.from_numpy(ids_BT),
         "labels": torch.from_numpy(labels_BT),

@@ -28,18 +28,23 @@ NOT_LEARNT_FROM = frozenset({"gold_logprob", "entropy"})  # columns that say not
 POSITION_STEPS = 64  # a nat, of these three in compact precision: finer than the support's 1/16, coarser than float16
 
 
-def capture_schema(targets: TargetSettings, position_weights: bool = False) -> pa.Schema:
+def capture_schema(targets: TargetSettings, position_weights: bool = False, older: bool = False) -> pa.Schema:
     """Columns of a capture file; `support_q` for compact precision, `support_logprobs` for exact.
 
     `weights` and `tail_sample_ids` exist only where these targets have them, `position_weights` only where rows do.
+    `older`: as files say that were written before what never was null was said never to be, which reads faster.
     """
+
+    def lists(value: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.list_(value) if older else _of_none_null(value))
+
     support = (
-        ("support_q", pa.list_(pa.list_(pa.uint8())))
+        ("support_q", lists(pa.uint8()))
         if targets.precision == "compact"
-        else ("support_logprobs", pa.list_(pa.list_(pa.float32())))
+        else ("support_logprobs", lists(pa.float32()))
     )
-    weights = [("weights", pa.list_(pa.list_(pa.float32())))] if targets.has_weights else []
-    tail_samples = [("tail_sample_ids", pa.list_(pa.list_(pa.int32())))] if targets.tail_samples else []
+    weights = [("weights", lists(pa.float32()))] if targets.has_weights else []
+    tail_samples = [("tail_sample_ids", lists(pa.int32()))] if targets.tail_samples else []
     return pa.schema(
         [
             pa.field("row", pa.int32(), nullable=False),
@@ -49,7 +54,7 @@ def capture_schema(targets: TargetSettings, position_weights: bool = False) -> p
             ("weight", pa.float32()),
             *([("position_weights", pa.list_(pa.float32()))] if position_weights else []),
             ("positions", pa.list_(pa.int32())),
-            ("support_ids", pa.list_(pa.list_(pa.int32()))),
+            ("support_ids", lists(pa.int32())),
             support,
             *weights,
             *tail_samples,
@@ -57,6 +62,10 @@ def capture_schema(targets: TargetSettings, position_weights: bool = False) -> p
             ("truncated", pa.bool_()),
         ]
     )
+
+
+def _of_none_null(value: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", value, nullable=False))
 
 
 def parquet_writer(
@@ -88,9 +97,11 @@ def _known(values_P: NDArray[np.float16]) -> pa.Array:
     return pa.array(values_P, mask=np.isnan(values_P))
 
 
-def _lists(values: pa.Array, lengths: Sequence[int] | NDArray[np.int64]) -> pa.ListArray:
+def _lists(
+    values: pa.Array, lengths: Sequence[int] | NDArray[np.int64], kind: pa.DataType | None = None
+) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
 
 
 def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings, position_weights: bool = False) -> pa.Table:
@@ -104,16 +115,18 @@ def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings, position_wei
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([getattr(t, name) for t in targets]).astype(dtype) if rows else np.zeros(0, dtype=dtype)
 
+    def at_positions(numbers: NDArray[Any], lengths_P: NDArray[np.int64]) -> pa.ListArray:
+        values = pa.array(numbers)
+        return _lists(_lists(values, lengths_P, _of_none_null(values.type)), positions)
+
     kept_P = joined("kept_P", np.int64)
     logprobs_N = joined("support_logprobs_N", np.float32)
     compact = settings.precision == "compact"
-    support = pa.array(encode_logprobs(logprobs_N) if compact else logprobs_N)
     drawn = []
     if settings.has_weights:
-        drawn.append(_lists(_lists(pa.array(joined("weights_N", np.float32)), kept_P), positions))
+        drawn.append(at_positions(joined("weights_N", np.float32), kept_P))
     if settings.tail_samples:
-        sample_ids_M = joined("tail_sample_ids_M", np.int32)
-        drawn.append(_lists(_lists(pa.array(sample_ids_M), joined("tail_samples_P", np.int64)), positions))
+        drawn.append(at_positions(joined("tail_sample_ids_M", np.int32), joined("tail_samples_P", np.int64)))
 
     def rounded(name: str) -> NDArray[np.float16]:
         values = joined(name, np.float32)
@@ -133,8 +146,8 @@ def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings, position_wei
         pa.array([row.weight for row in rows], pa.float32()),
         *([pa.array([row.position_weights for row in rows], pa.list_(pa.float32()))] if position_weights else []),
         _lists(pa.array(joined("positions_P", np.int32)), positions),
-        _lists(_lists(pa.array(joined("support_ids_N", np.int32)), kept_P), positions),
-        _lists(_lists(support, kept_P), positions),
+        at_positions(joined("support_ids_N", np.int32), kept_P),
+        at_positions(encode_logprobs(logprobs_N) if compact else logprobs_N, kept_P),
         *drawn,
         *[_lists(per_position[name], positions) for name in _PER_POSITION],
         pa.array([row.truncated for row in rows], pa.bool_()),
@@ -144,9 +157,10 @@ def to_arrow(rows: Sequence[CapturedRow], settings: TargetSettings, position_wei
 
 def _split(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     """Row offsets and flat values of a list column."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine
-        array = pa.array([], column.type)
+    if column.num_chunks == 1:
+        array = column.chunk(0)  # to combine a single chunk is to copy it
+    else:
+        array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     offsets = array.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], array.values.slice(offsets[0], offsets[-1] - offsets[0])
 

@@ -87,12 +87,12 @@ class SparseTargets:
 
     def log_total_mass_P(self) -> NDArray[np.float32]:
         """log of support mass + tail mass at each position; about 0, off by the rounding of storage."""
-        starts = self.offsets_P1[:-1]
-        top = np.maximum(self.support_logprobs_N[starts], self.tail_logprob_P)  # descending: the first is the largest
-        mass = np.exp(self.support_logprobs_N - np.repeat(top, self.kept_P))
-        total = np.add.reduceat(mass, starts, dtype=np.float64) if len(starts) else np.zeros(0)
-        total = total + np.exp((self.tail_logprob_P - top).astype(np.float64))
-        return (top + np.log(total)).astype(np.float32)
+        if not self.n_positions:
+            return np.zeros(0, dtype=np.float32)
+        # Of about 1 in all, so that no shift is needed.
+        kept_P = np.add.reduceat(np.exp(self.support_logprobs_N), self.offsets_P1[:-1])
+        total_P: NDArray[np.float32] = np.log(kept_P + np.exp(self.tail_logprob_P))
+        return total_P
 
     def normalized(self) -> SparseTargets:
         """Support and tail as a distribution over K + 1 outcomes: one log-sum-exp over what is stored."""

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -160,8 +160,8 @@ def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.
                 if said != held:
                     raise ValueError(f"its footer says rows {said}, its rows {held}")
                 names = file.schema_arrow.names
-                wanted = _schema(tuple(footer["identity"]["targets"].items()), "position_weights" in names)
-                if not file.schema_arrow.equals(wanted):
+                known = _schemas(tuple(footer["identity"]["targets"].items()), "position_weights" in names)
+                if not any(map(file.schema_arrow.equals, known)):
                     raise ValueError("its columns are not those of its target settings")
             yield file
     except _UNREADABLE as error:
@@ -169,8 +169,10 @@ def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.
 
 
 @lru_cache(maxsize=64)
-def _schema(targets: tuple[tuple[str, Any], ...], position_weights: bool) -> pa.Schema:
-    return capture_schema(TargetSettings(**dict(targets)), position_weights)
+def _schemas(targets: tuple[tuple[str, Any], ...], position_weights: bool) -> Sequence[pa.Schema]:
+    """Columns of a capture of these targets, as files written now and before have them."""
+    settings = TargetSettings(**dict(targets))
+    return [capture_schema(settings, position_weights, older) for older in (False, True)]
 
 
 def _footer(file: pq.ParquetFile) -> dict[str, Any] | None:
