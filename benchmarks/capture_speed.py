@@ -50,7 +50,7 @@ def main() -> None:
         __doc__,
         only=(str, "", "only teachers and workloads with this in their name"),
         tokens=(int, 8000, "tokens of each workload"),
-        repeats=(int, 3, "rounds that count"),
+        repeats=(int, 5, "rounds that count"),
         device=(str, "auto", "device"),
     )
     results: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 One capture of real text by SmolLM2-135M with exact log-probabilities is published in each way, everything
 included: ids of the rows, positions, tail, gold, entropy, footer. `KL lost` is the mean KL(exact || stored)
 over the kept ids and one bucket for the rest. Reading back is what a training does, seals and checksums checked,
-the whole file into padded tensors, by turns with JSONL of the same ids; the fastest of some rounds counts.
+a store of such files into padded tensors, by turns with JSONL of the same ids; the fastest of some rounds counts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from workload import BenchHome, all_targets, arguments, by_turns, publish, real_
 
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.student_model.batches import collate
+from distill_assets.student_model.choice import Choice
 from distill_assets.teacher_capture.arrow import to_arrow
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.interchange import export_jsonl
@@ -29,8 +30,9 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTar
 from distill_assets.teacher_capture.store import Capture, read_rows
 
 K = 32
-# Over a file in one timing: a store is seconds of reading, not the milliseconds in which threads wake up.
-PASSES, PASSES_JSONL = 100, 10
+FILES = 10  # of the store that is read back, copies of one
+# Over the store in one timing: it is seconds of reading, not the milliseconds in which threads wake up.
+PASSES, PASSES_JSONL = 10, 1
 PRECISIONS = ("compact", "exact")
 SCAN_ROWS = 16  # rows of one batch of training tensors: about the 2,048 tokens that `training.batch_tokens` holds
 
@@ -80,10 +82,10 @@ def measure(
     plain = write_plain(home.home.root / "plain.parquet", rows)
     scans: dict[str, Callable[[], None]] = {
         "JSONL": lambda: passes(scan_jsonl, jsonl, PASSES_JSONL),
-        **{name: (lambda path=c.path: passes(scan, path, PASSES)) for name, c in stored.items()},  # type: ignore[misc]
+        **{name: (lambda c=c: passes(scan, c, PASSES)) for name, c in stored.items()},  # type: ignore[misc]
     }
     times = by_turns(scans, repeats)
-    seconds = {name: min(times[name]) / (PASSES_JSONL if name == "JSONL" else PASSES) for name in scans}
+    seconds = {name: min(times[name]) / FILES / (PASSES_JSONL if name == "JSONL" else PASSES) for name in scans}
     files = {name: c.path for name, c in stored.items()} | {"plain float16 + int32 Parquet": plain, "JSONL": jsonl}
     positions = sum(row.targets.n_positions for row in rows)
     ids = sum(len(row.targets.support_ids_N) for row in rows)
@@ -132,27 +134,28 @@ def _outcomes(targets: SparseTargets) -> np.ndarray:
     return np.concatenate([normal.support_logprobs_N, normal.tail_logprob_P]).astype(np.float64)
 
 
-def passes(scan_once: Callable[[Path], None], path: Path, n: int) -> None:
+def passes(scan_once: Callable[[Any], None], what: Any, n: int) -> None:
     for _ in range(n):
-        scan_once(path)
+        scan_once(what)
 
 
-def scan(path: Path) -> None:
-    """Every row of a capture as the batches a student is trained on."""
-    rows = read_rows(path, to_learn_from=True)
+def scan(capture: Capture) -> None:
+    """Every row of a store of such captures as the batches a student is trained on."""
+    rows = Choice.read_all([Choice(capture)] * FILES)
     for start in range(0, len(rows), SCAN_ROWS):
         collate(rows[start : start + SCAN_ROWS], with_targets=True)
 
 
 def scan_jsonl(path: Path) -> None:
-    """The same numbers from JSONL, a tensor a row, without a detour."""
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            row = json.loads(line)
-            torch.tensor(row["input_ids"])
-            torch.tensor(padded(row["topk_ids"], 0))
-            torch.tensor(padded(row["topk_logprobs"], -np.inf))
-            torch.tensor([value for value in row["tail_logprob"] if value is not None])
+    """The same numbers from as many files of JSONL, a tensor a row, without a detour."""
+    for _ in range(FILES):
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                row = json.loads(line)
+                torch.tensor(row["input_ids"])
+                torch.tensor(padded(row["topk_ids"], 0))
+                torch.tensor(padded(row["topk_logprobs"], -np.inf))
+                torch.tensor([value for value in row["tail_logprob"] if value is not None])
 
 
 def padded(lists: Sequence[list[Any]], nothing: float) -> list[list[Any]]:

@@ -50,7 +50,7 @@ class StudentSide:
         return [entry for entry in self.pipeline.entries if entry.role == role]
 
     def _rows(self, role: str) -> list[CapturedRow]:
-        return [row for choice in self._choices(role) for row in choice.read()]
+        return Choice.read_all(self._choices(role))
 
     def _choices(self, role: str) -> list[Choice]:
         """What of the captures is learnt from; validation rows are watched, all of them."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill_assets.foundation.errors import TrainingError
-from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
+from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseDistributions, SparseTargets
 
 IGNORED = -100  # label of a position that is not supervised; the value transformers counts around
 _WINDOW = 64  # batches' worth of shuffled rows sorted by length together: little padding, still mixed
@@ -127,7 +127,9 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
             "captures of different kinds of targets (imported ones are top_k) cannot be learnt from together; "
             "set targets.kind: top_k in distill.yaml"
         )
-    whole = SparseTargets.joined(parts).normalized()  # once for all rows: row by row it takes several times as long
+    whole = SparseDistributions.joined(
+        parts
+    ).normalized()  # once for all rows: row by row it takes several times as long
     k = int(whole.kept_P.max(initial=1))
     ids_NK, logprobs_NK = map(torch.from_numpy, whole.padded(k))
     if whole.weights_N is not None:

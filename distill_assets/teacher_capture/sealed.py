@@ -18,7 +18,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import parquet_writer
+from distill_assets.teacher_capture.arrow import LEVEL, parquet_writer
 
 SEAL = b"distill_footer_sha256"  # the key; no older file says this anywhere
 _BLANK = b"0" * 64
@@ -28,7 +28,7 @@ _END = 8  # bytes after a footer: its length, and PAR1
 
 @contextmanager
 def sealed_writer(
-    path: Path, targets: TargetSettings, level: int = 17, position_weights: bool = False
+    path: Path, targets: TargetSettings, level: int = LEVEL, position_weights: bool = False
 ) -> Iterator[pq.ParquetWriter]:
     """A writer of captured rows, as `parquet_writer`, whose file is sealed when the block ends well."""
     with parquet_writer(path, targets, level, position_weights) as writer:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,80 +21,56 @@ from distill_assets.foundation.fingerprints import SHORT
 
 LOGPROB_STEP = 1 / 16  # nats a step of the compact code; a byte reaches down to -15.94
 ROUNDED_LOG_MASS = 0.05  # nats that storage may move the mass of a position: half a step, and what saturates
+_EXP_HOLDS = 64.0  # nats around 0 in which float32 holds an exponential and much smaller ones beside it
 LEAST_MASS, MOST_MASS = 0.96, 1.04  # what a position of another engine may add up to: it may have rounded too
 
 
-@dataclass(frozen=True)
-class SparseTargets:
-    """The targets of one row. Log-probabilities are natural, raw (T = 1), descending in a position.
+@dataclass(frozen=True, kw_only=True)
+class SparseDistributions:
+    """What the teacher says at P positions. Log-probabilities are natural, raw (T = 1), descending in a position.
 
     Kept ids are unique in a position and the first is the teacher's likeliest. `tail_logprob_P` is
     the log of the mass outside the kept ids, -inf where nothing is outside. `weights_N` says what
     a kept id counts in training where chance had a part in keeping it; None where it counts what it
-    is likely. `tail_sample_ids_PS` are ids drawn from the tail, -1 where there is none; None
-    where no such ids were asked for. `gold_logprob_P` and `entropy_P` are NaN where they are not known,
-    as in captures of other engines.
+    is likely.
     """
 
-    positions_P: NDArray[np.int32]
     offsets_P1: NDArray[np.int64]
     support_ids_N: NDArray[np.int32]
     support_logprobs_N: NDArray[np.float32]
     tail_logprob_P: NDArray[np.float32]
-    gold_logprob_P: NDArray[np.float32]
-    entropy_P: NDArray[np.float32]
     weights_N: NDArray[np.float32] | None = None
-    tail_sample_ids_PS: NDArray[np.int32] | None = None
 
     @property
     def n_positions(self) -> int:
-        return len(self.positions_P)
+        return len(self.tail_logprob_P)
 
     @property
     def kept_P(self) -> NDArray[np.int64]:
         """Ids kept at each position."""
         return np.diff(self.offsets_P1)
 
-    @property
-    def tail_samples_P(self) -> NDArray[np.int64]:
-        """Tail samples of each position; of targets that have them."""
-        return (self._tail_sample_ids_PS >= 0).sum(-1, dtype=np.int64)
-
-    @property
-    def tail_sample_ids_M(self) -> NDArray[np.int32]:
-        """Tail samples of all positions, one after another; of targets that have them."""
-        return self._tail_sample_ids_PS[self._tail_sample_ids_PS >= 0]
-
-    @property
-    def _tail_sample_ids_PS(self) -> NDArray[np.int32]:
-        assert self.tail_sample_ids_PS is not None
-        return self.tail_sample_ids_PS
-
-    def at(self, stays_P: NDArray[np.bool_]) -> SparseTargets:
-        """The targets of the positions marked."""
-        stays_N = np.repeat(stays_P, self.kept_P)
-        return SparseTargets(
-            positions_P=self.positions_P[stays_P],
-            offsets_P1=np.concatenate([[0], self.kept_P[stays_P].cumsum()]).astype(np.int64),
-            support_ids_N=self.support_ids_N[stays_N],
-            support_logprobs_N=self.support_logprobs_N[stays_N],
-            tail_logprob_P=self.tail_logprob_P[stays_P],
-            gold_logprob_P=self.gold_logprob_P[stays_P],
-            entropy_P=self.entropy_P[stays_P],
-            weights_N=None if self.weights_N is None else self.weights_N[stays_N],
-            tail_sample_ids_PS=None if self.tail_sample_ids_PS is None else self.tail_sample_ids_PS[stays_P],
-        )
-
     def log_total_mass_P(self) -> NDArray[np.float32]:
         """log of support mass + tail mass at each position; about 0, off by the rounding of storage."""
-        if not self.n_positions:
+        starts = self.offsets_P1[:-1]
+        if not len(starts):
             return np.zeros(0, dtype=np.float32)
-        # Of about 1 in all, so that no shift is needed.
-        kept_P = np.add.reduceat(np.exp(self.support_logprobs_N), self.offsets_P1[:-1])
-        total_P: NDArray[np.float32] = np.log(kept_P + np.exp(self.tail_logprob_P))
-        return total_P
+        logprobs_N, tail_P = self.support_logprobs_N, self.tail_logprob_P
+        top_P = np.maximum(logprobs_N[starts], tail_P)  # descending: the first is the largest
+        is_far = bool((np.abs(top_P) > _EXP_HOLDS).any())
+        if is_far:
+            logprobs_N, tail_P = logprobs_N - np.repeat(top_P, self.kept_P), tail_P - top_P
+        total_P: NDArray[np.float32] = np.log(self._sum_P(np.exp(logprobs_N)) + np.exp(tail_P))
+        return top_P + total_P if is_far else total_P
 
-    def normalized(self) -> SparseTargets:
+    def _sum_P(self, values_N: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum of each position's values; there is one or more."""
+        k = int(self.offsets_P1[1])
+        if (self.kept_P == k).all():  # a product with ones takes a fourth of the time
+            return values_N.reshape(-1, k) @ np.ones(k, dtype=np.float32)
+        return np.add.reduceat(values_N, self.offsets_P1[:-1])
+
+    def normalized(self) -> Self:
         """Support and tail as a distribution over K + 1 outcomes: one log-sum-exp over what is stored."""
         log_total = self.log_total_mass_P()
         return replace(
@@ -106,32 +82,6 @@ class SparseTargets:
     def kept_mass_P(self) -> NDArray[np.float32]:
         """Probability on the kept ids, of the normalised K + 1 outcomes."""
         return (1.0 - np.exp(self.normalized().tail_logprob_P, dtype=np.float64)).astype(np.float32)
-
-    def narrowed(self, k: int, min_probability: float) -> SparseTargets:
-        """At most k ids a position, of those only ids at least this likely (always the first); the mass of
-        the others joins the tail. Tail samples, drawn outside one support only, are left out. For targets without
-        weights.
-        """
-        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
-        keep_N = slot_N < k
-        if min_probability > 0:
-            keep_N &= (self.support_logprobs_N >= np.float32(np.log(min_probability))) | (slot_N == 0)
-        dropped_P = np.bincount(
-            np.repeat(np.arange(self.n_positions), self.kept_P),
-            weights=np.where(keep_N, 0.0, np.exp(self.support_logprobs_N, dtype=np.float64)),
-            minlength=self.n_positions,
-        )
-        with np.errstate(divide="ignore"):  # log(0) = -inf: nothing is outside
-            tail_P = np.log(np.exp(self.tail_logprob_P, dtype=np.float64) + dropped_P)
-        kept_P = np.add.reduceat(keep_N, self.offsets_P1[:-1]) if self.n_positions else self.kept_P
-        return replace(
-            self,
-            offsets_P1=np.concatenate([[0], kept_P.cumsum()]).astype(np.int64),
-            support_ids_N=self.support_ids_N[keep_N],
-            support_logprobs_N=self.support_logprobs_N[keep_N],
-            tail_logprob_P=tail_P.astype(np.float32),
-            tail_sample_ids_PS=None,
-        )
 
     def padded(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids [P, k] (0 where nothing) and log-probabilities [P, k] (-inf where nothing). ValueError
@@ -167,23 +117,93 @@ class SparseTargets:
         return values_PK
 
     @staticmethod
-    def joined(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """The positions of several rows of one kind, one row after another; without their tail samples."""
-        lengths = [part.offsets_P1[-1] for part in parts]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        offsets = [part.offsets_P1[1:] + start for part, start in zip(parts, starts, strict=False)]
+    def joined(parts: Sequence[SparseDistributions]) -> SparseDistributions:
+        """Those of several rows of one kind, one row after another."""
+        ends_P = np.concatenate([part.offsets_P1[1:] for part in parts])
+        before_R = np.cumsum([0, *(len(part.support_ids_N) for part in parts[:-1])])
+        ends_P += np.repeat(before_R, [part.n_positions for part in parts])
 
         def column(name: str) -> NDArray[Any]:
             return np.concatenate([getattr(part, name) for part in parts])
 
-        return SparseTargets(
-            **{field.name: column(field.name) for field in fields(SparseTargets) if field.name not in _NOT_JOINED},
-            offsets_P1=np.concatenate([[0], *offsets]).astype(np.int64),
+        return SparseDistributions(
+            offsets_P1=np.concatenate([[0], ends_P]),
+            support_ids_N=column("support_ids_N"),
+            support_logprobs_N=column("support_logprobs_N"),
+            tail_logprob_P=column("tail_logprob_P"),
             weights_N=None if any(part.weights_N is None for part in parts) else column("weights_N"),
         )
 
 
-_NOT_JOINED = ("offsets_P1", "weights_N", "tail_sample_ids_PS")
+@dataclass(frozen=True, kw_only=True)
+class SparseTargets(SparseDistributions):
+    """The targets of one row: distributions, where in the row they stand, and what else is known of them.
+
+    `tail_sample_ids_PS` are ids drawn from the tail, -1 where there is none; None
+    where no such ids were asked for. `gold_logprob_P` and `entropy_P` are NaN where they are not known,
+    as in captures of other engines.
+    """
+
+    positions_P: NDArray[np.int32]
+    gold_logprob_P: NDArray[np.float32]
+    entropy_P: NDArray[np.float32]
+    tail_sample_ids_PS: NDArray[np.int32] | None = None
+
+    @property
+    def tail_samples_P(self) -> NDArray[np.int64]:
+        """Tail samples of each position; of targets that have them."""
+        return (self._tail_sample_ids_PS >= 0).sum(-1, dtype=np.int64)
+
+    @property
+    def tail_sample_ids_M(self) -> NDArray[np.int32]:
+        """Tail samples of all positions, one after another; of targets that have them."""
+        return self._tail_sample_ids_PS[self._tail_sample_ids_PS >= 0]
+
+    @property
+    def _tail_sample_ids_PS(self) -> NDArray[np.int32]:
+        assert self.tail_sample_ids_PS is not None
+        return self.tail_sample_ids_PS
+
+    def at(self, stays_P: NDArray[np.bool_]) -> SparseTargets:
+        """The targets of the positions marked."""
+        stays_N = np.repeat(stays_P, self.kept_P)
+        return SparseTargets(
+            positions_P=self.positions_P[stays_P],
+            offsets_P1=np.concatenate([[0], self.kept_P[stays_P].cumsum()]).astype(np.int64),
+            support_ids_N=self.support_ids_N[stays_N],
+            support_logprobs_N=self.support_logprobs_N[stays_N],
+            tail_logprob_P=self.tail_logprob_P[stays_P],
+            gold_logprob_P=self.gold_logprob_P[stays_P],
+            entropy_P=self.entropy_P[stays_P],
+            weights_N=None if self.weights_N is None else self.weights_N[stays_N],
+            tail_sample_ids_PS=None if self.tail_sample_ids_PS is None else self.tail_sample_ids_PS[stays_P],
+        )
+
+    def narrowed(self, k: int, min_probability: float) -> SparseTargets:
+        """At most k ids a position, of those only ids at least this likely (always the first); the mass of
+        the others joins the tail. Tail samples, drawn outside one support only, are left out. For targets without
+        weights.
+        """
+        slot_N = np.arange(len(self.support_ids_N)) - np.repeat(self.offsets_P1[:-1], self.kept_P)
+        keep_N = slot_N < k
+        if min_probability > 0:
+            keep_N &= (self.support_logprobs_N >= np.float32(np.log(min_probability))) | (slot_N == 0)
+        dropped_P = np.bincount(
+            np.repeat(np.arange(self.n_positions), self.kept_P),
+            weights=np.where(keep_N, 0.0, np.exp(self.support_logprobs_N, dtype=np.float64)),
+            minlength=self.n_positions,
+        )
+        with np.errstate(divide="ignore"):  # log(0) = -inf: nothing is outside
+            tail_P = np.log(np.exp(self.tail_logprob_P, dtype=np.float64) + dropped_P)
+        kept_P = np.add.reduceat(keep_N, self.offsets_P1[:-1]) if self.n_positions else self.kept_P
+        return replace(
+            self,
+            offsets_P1=np.concatenate([[0], kept_P.cumsum()]).astype(np.int64),
+            support_ids_N=self.support_ids_N[keep_N],
+            support_logprobs_N=self.support_logprobs_N[keep_N],
+            tail_logprob_P=tail_P.astype(np.float32),
+            tail_sample_ids_PS=None,
+        )
 
 
 @dataclass(frozen=True)

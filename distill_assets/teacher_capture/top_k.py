@@ -23,6 +23,7 @@ from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 
 MOST_ROWS = 2048  # positions at a time; more would make the blocks too narrow, or too large
 _TILE = 16  # ids that are looked at together when a CPU searches for candidates; not neighbours, but a stride apart
+_PENDING = 96  # candidates beyond K that a position may have before the K likeliest are looked for
 _CACHED_ROWS = 256  # positions whose probabilities a CPU sums up at a time, so that they never leave its caches
 
 
@@ -92,7 +93,7 @@ def top_k_targets(teacher: Teacher, hidden_ND: Tensor, gold_N: Tensor, targets: 
         seen = block if seen is None else seen.join(block)
         n_candidates = seen.candidates_NJ.shape[1]
         # A floor that is a few blocks old lets more candidates pass; looking for the K likeliest costs more.
-        if n_candidates > 4 * targets.k or (floor_N1 is None and n_candidates >= targets.k):
+        if n_candidates > targets.k + _PENDING or (floor_N1 is None and n_candidates >= targets.k):
             seen = seen.likeliest(targets.k)
             floor_N1 = seen.candidates_NJ[:, -1:]
     assert seen is not None  # a vocabulary has ids

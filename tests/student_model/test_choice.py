@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_assets.foundation.errors import SettingsError
+from distill_assets.foundation.errors import CaptureError, SettingsError
 from distill_assets.foundation.settings import TrainingSettings
-from distill_assets.student_model.choice import Turns, as_bits, choices, passes_of
+from distill_assets.student_model.choice import Choice, Turns, as_bits, choices, passes_of
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.store import Capture, read_row_keys, read_rows
 from tests import tiny
@@ -49,6 +49,16 @@ def test_chosen_rows_are_read_and_named_and_the_others_are_not(captures: list[Ca
         assert np.array_equal(row.targets.support_logprobs_N, wanted.targets.support_logprobs_N)
     used = choice.used()
     assert (used.shard, used.rows, used.chosen) == ("s1", 3, "98")  # 100110 and two bits that are no rows
+
+
+def test_captures_are_read_side_by_side_in_their_order(captures: list[Capture]) -> None:
+    parts = choices(captures, TrainingSettings(), {"s0": np.array([1, 5], dtype=np.int32), "s1": None}) * 10
+    one_by_one = [row.key for part in parts for row in part.read()]
+    assert [row.key for row in Choice.read_all(parts)] == one_by_one
+    assert len(one_by_one) == 10 * (2 + 6)
+    captures[1].path.write_bytes(captures[1].path.read_bytes()[:-100])
+    with pytest.raises(CaptureError, match=f"{captures[1].path.name}: damaged"):
+        Choice.read_all(parts)
 
 
 def test_without_a_choice_all_is_learnt_from_once_an_epoch(captures: list[Capture]) -> None:
