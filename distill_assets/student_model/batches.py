@@ -127,9 +127,8 @@ def _targets(parts: Sequence[SparseTargets]) -> dict[str, Tensor]:
             "captures of different kinds of targets (imported ones are top_k) cannot be learnt from together; "
             "set targets.kind: top_k in distill.yaml"
         )
-    whole = SparseDistributions.joined(
-        parts
-    ).normalized()  # once for all rows: row by row it takes several times as long
+    # Once for all rows: row by row it takes several times as long.
+    whole = SparseDistributions.joined(parts).normalized()
     k = int(whole.kept_P.max(initial=1))
     ids_NK, logprobs_NK = map(torch.from_numpy, whole.padded(k))
     if whole.weights_N is not None:

@@ -23,6 +23,9 @@ from distill_assets.student_model.saving import UsedCapture
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
 from distill_assets.teacher_capture.store import Capture, RowKey, read_row_keys, read_rows
 
+# Captures read at a time: Arrow keeps about two cores busy with one, and whole tables are in memory meanwhile.
+_READERS = 4
+
 Rows = NDArray[np.int32]  # numbers of rows of a capture, ascending
 
 
@@ -70,15 +73,9 @@ class Choice:
 
     @staticmethod
     def read_all(choices: Sequence[Choice]) -> list[CapturedRow]:
-        """The rows of all of them, in their order. Captures are read side by side: of one, Arrow keeps two cores busy,
-        and what is done in Python no other.
-        """
-        with ThreadPoolExecutor() as pool:
-            try:
-                return [row for rows in pool.map(Choice.read, choices) for row in rows]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        """The rows of all of them, in their order; several captures are read at a time."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return [row for rows in pool.map(Choice.read, choices) for row in rows]
 
     def used(self) -> UsedCapture:
         """What a student's record says of it."""

@@ -28,7 +28,7 @@ from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import capture_schema, to_arrow
+from distill_assets.teacher_capture.arrow import capture_schema, older_schema, to_arrow
 from distill_assets.teacher_capture.sealed import SEAL, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats, reading
@@ -212,6 +212,7 @@ class ChunkFolder:
     ) -> None:
         self.folder = folder
         self._targets, self._position_weights = targets, position_weights
+        self._schema = capture_schema(targets, position_weights)
         self._identity = identity
 
     def _file(self, chunk: Chunk) -> Path:
@@ -227,9 +228,8 @@ class ChunkFolder:
                 table = parquet.read()
         except CaptureError:
             return False
-        return said.rows == chunk.fingerprint and table.schema.equals(
-            capture_schema(self._targets, self._position_weights)
-        )
+        known = [self._schema, older_schema(self._schema)]
+        return said.rows == chunk.fingerprint and any(map(table.schema.equals, known))
 
     def _footer(self, chunk: Chunk) -> ChunkFooter:
         with reading_chunk(self._file(chunk)) as (said, _):
@@ -277,9 +277,9 @@ class ChunkFolder:
         return sorted({source for chunk in chunks for source in self._footer(chunk).derived_from})
 
     def table(self, chunk: Chunk) -> pa.Table:
-        """The rows of a finished chunk, as stored; CaptureError when the file is damaged."""
+        """The rows of a finished chunk, as the capture file has them; CaptureError when the file is damaged."""
         with reading_chunk(self._file(chunk)) as (_, parquet):
-            return parquet.read()
+            return parquet.read().cast(self._schema)
 
     def begin_anew(self) -> None:
         """Forget all chunks but those of a forced capture that was killed."""

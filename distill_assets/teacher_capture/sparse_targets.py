@@ -57,18 +57,12 @@ class SparseDistributions:
             return np.zeros(0, dtype=np.float32)
         logprobs_N, tail_P = self.support_logprobs_N, self.tail_logprob_P
         top_P = np.maximum(logprobs_N[starts], tail_P)  # descending: the first is the largest
-        is_far = bool((np.abs(top_P) > _EXP_HOLDS).any())
-        if is_far:
-            logprobs_N, tail_P = logprobs_N - np.repeat(top_P, self.kept_P), tail_P - top_P
-        total_P: NDArray[np.float32] = np.log(self._sum_P(np.exp(logprobs_N)) + np.exp(tail_P))
-        return top_P + total_P if is_far else total_P
-
-    def _sum_P(self, values_N: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sum of each position's values; there is one or more."""
-        k = int(self.offsets_P1[1])
-        if (self.kept_P == k).all():  # a product with ones takes a fourth of the time
-            return values_N.reshape(-1, k) @ np.ones(k, dtype=np.float32)
-        return np.add.reduceat(values_N, self.offsets_P1[:-1])
+        shift_P = np.where(np.abs(top_P) > _EXP_HOLDS, top_P, np.float32(0))
+        if shift_P.any():
+            logprobs_N, tail_P = logprobs_N - np.repeat(shift_P, self.kept_P), tail_P - shift_P
+        # In float64, one after another: a position's mass is the same whatever stands beside it.
+        mass_P = np.add.reduceat(np.exp(logprobs_N), starts, dtype=np.float64) + np.exp(tail_P, dtype=np.float64)
+        return (shift_P + np.log(mass_P)).astype(np.float32)
 
     def normalized(self) -> Self:
         """Support and tail as a distribution over K + 1 outcomes: one log-sum-exp over what is stored."""

@@ -33,7 +33,13 @@ from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedC
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.foundation.settings import TargetSettings
-from distill_assets.teacher_capture.arrow import NOT_LEARNT_FROM, capture_schema, from_arrow, position_weights_of
+from distill_assets.teacher_capture.arrow import (
+    NOT_LEARNT_FROM,
+    capture_schema,
+    from_arrow,
+    older_schema,
+    position_weights_of,
+)
 from distill_assets.teacher_capture.sealed import opened, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
 
@@ -171,8 +177,8 @@ def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.
 @lru_cache(maxsize=64)
 def _schemas(targets: tuple[tuple[str, Any], ...], position_weights: bool) -> Sequence[pa.Schema]:
     """Columns of a capture of these targets, as files written now and before have them."""
-    settings = TargetSettings(**dict(targets))
-    return [capture_schema(settings, position_weights, older) for older in (False, True)]
+    schema = capture_schema(TargetSettings(**dict(targets)), position_weights)
+    return [schema, older_schema(schema)]
 
 
 def _footer(file: pq.ParquetFile) -> dict[str, Any] | None:

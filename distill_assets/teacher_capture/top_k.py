@@ -2,7 +2,7 @@
 
 Legend: N = positions, D = width, V = real vocabulary ids, C = ids of one block, K = most ids kept,
 J = most candidates of a position: ids that may be among the K likeliest; R = positions of a part,
-M = tiles, T = ids of a tile, H = candidates of all positions.
+S = tiles of a block, T = ids of a tile, M = tiles with candidates of all positions, H = candidates of all positions.
 
 Why blocks: a block of logits is used while it is in the caches, its size does not grow with the
 vocabulary, and the head's matrix product has all positions of the batch as its rows, where it is
@@ -23,7 +23,7 @@ from distill_assets.teacher_capture.teacher import ScoredPositions, Teacher
 
 MOST_ROWS = 2048  # positions at a time; more would make the blocks too narrow, or too large
 _TILE = 16  # ids that are looked at together when a CPU searches for candidates; not neighbours, but a stride apart
-_PENDING = 96  # candidates beyond K that a position may have before the K likeliest are looked for
+_SPARE = 128  # candidates beyond K that a position may have until the K likeliest are looked for
 _CACHED_ROWS = 256  # positions whose probabilities a CPU sums up at a time, so that they never leave its caches
 
 
@@ -93,7 +93,7 @@ def top_k_targets(teacher: Teacher, hidden_ND: Tensor, gold_N: Tensor, targets: 
         seen = block if seen is None else seen.join(block)
         n_candidates = seen.candidates_NJ.shape[1]
         # A floor that is a few blocks old lets more candidates pass; looking for the K likeliest costs more.
-        if n_candidates > targets.k + _PENDING or (floor_N1 is None and n_candidates >= targets.k):
+        if n_candidates > targets.k + _SPARE or (floor_N1 is None and n_candidates >= targets.k):
             seen = seen.likeliest(targets.k)
             floor_N1 = seen.candidates_NJ[:, -1:]
     assert seen is not None  # a vocabulary has ids
@@ -122,15 +122,15 @@ def _sums_of(logits_NC: Tensor, start: int, k: int, floor_N1: Tensor | None) -> 
     any id's logit less the log of its probability, most precisely the likeliest one's.
     """
     candidates_NJ, places_NJ = _candidates(logits_NC, k, floor_N1)
-    largest_N1, which_N1 = candidates_NJ.max(-1, keepdim=True)
-    which_N1 = places_NJ.gather(1, which_N1)
+    largest_N1, column_N1 = candidates_NJ.max(-1, keepdim=True)
+    place_N1 = places_NJ.gather(1, column_N1)
     reference_N1, rest_N1, weighted_N1 = (torch.empty_like(largest_N1) for _ in range(3))
     rows = _CACHED_ROWS if logits_NC.device.type == "cpu" else len(logits_NC)
     memory_RC = torch.empty_like(logits_NC[:rows])
     for first in range(0, len(logits_NC), rows):
         part = slice(first, first + rows)
         p_RC = torch.softmax(logits_NC[part], -1, out=memory_RC[: len(logits_NC[part])])
-        reference_N1[part] = largest_N1[part] - p_RC.gather(1, which_N1[part]).log()
+        reference_N1[part] = largest_N1[part] - p_RC.gather(1, place_N1[part]).log()
         torch.sum(logits_NC[part].mul_(p_RC), -1, keepdim=True, out=weighted_N1[part])
         torch.sum(p_RC.scatter_(1, places_NJ[part], 0.0), -1, keepdim=True, out=rest_N1[part])
     return _Sums(
@@ -149,33 +149,35 @@ def _candidates(logits_NC: Tensor, k: int, floor_N1: Tensor | None) -> tuple[Ten
     torch's topk costs a CPU as much as everything else besides the matrix product. Maxima of tiles cost
     next to nothing, and few tiles hold anything above the floor; without one, the Kth of the maxima will do.
     """
-    width = logits_NC.shape[1]
+    n_rows, width = logits_NC.shape
     n_tiles = width // _TILE
     if logits_NC.device.type == "cpu" and width % _TILE == 0 and (floor_N1 is not None or k <= n_tiles):
-        maxima_NM = logits_NC.view(len(logits_NC), _TILE, n_tiles).amax(1)
+        maxima_NS = logits_NC.view(n_rows, _TILE, n_tiles).amax(1)
         if floor_N1 is None:
-            floor_N1 = maxima_NM.topk(k, dim=-1).values[:, -1:]
-        floor_N1 = torch.minimum(floor_N1, maxima_NM.amax(-1, keepdim=True))
-        row_M, tile_M = (~(maxima_NM < floor_N1)).nonzero(as_tuple=True)  # what is no number counts as above
+            floor_N1 = maxima_NS.topk(k, dim=-1).values[:, -1:]
+        floor_N1 = torch.minimum(floor_N1, maxima_NS.amax(-1, keepdim=True))
+        # Not below, rather than above: so each position has a candidate, also where a logit is no number.
+        row_M, tile_M = (~(maxima_NS < floor_N1)).nonzero(as_tuple=True)
         if len(row_M) * _TILE <= logits_NC.numel() // 4:
-            return _side_by_side(logits_NC, floor_N1, row_M, tile_M[:, None] + torch.arange(0, width, n_tiles))
+            flat_MT = (row_M * width + tile_M)[:, None] + torch.arange(0, width, n_tiles)
+            flat_H = flat_MT[~(logits_NC.flatten()[flat_MT] < floor_N1[row_M])]
+            count_N = (flat_H // width).bincount(minlength=n_rows)
+            if count_N.max() <= k + _SPARE:  # else one position would make the tensors of all long
+                return _side_by_side(logits_NC, flat_H, count_N)
     top = logits_NC.topk(min(k, width), dim=-1)
     return top.values, top.indices
 
 
-def _side_by_side(logits_NC: Tensor, floor_N1: Tensor, row_M: Tensor, place_MT: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the places of M tiles in the rows `row_M`, ascending, those not below their row's floor, of which each row
-    has one or more: logits [N, J] and places [N, J].
+def _side_by_side(logits_NC: Tensor, flat_H: Tensor, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, J] and places [N, J] of the elements `flat_H`, ascending, of which each position has `count_N`, one
+    or more.
     """
-    n_rows, width = logits_NC.shape
-    logit_MT = logits_NC.flatten()[row_M[:, None] * width + place_MT]
-    hit_H = (~(logit_MT < floor_N1[row_M])).flatten().nonzero()[:, 0]
-    row_H, place_H = row_M[hit_H // _TILE], place_MT.flatten()[hit_H]
-    count_N = row_H.bincount(minlength=n_rows)
+    width = logits_NC.shape[1]
+    row_H, place_H = flat_H // width, flat_H % width
     first_N = count_N.cumsum(0) - count_N
-    rank_H = torch.arange(len(row_H)) - first_N[row_H]
+    rank_H = torch.arange(len(flat_H)) - first_N[row_H]
     places_NJ = place_H[first_N][:, None].repeat(1, int(count_N.max()))
     places_NJ[row_H, rank_H] = place_H
     candidates_NJ = torch.full_like(places_NJ, -torch.inf, dtype=logits_NC.dtype)
-    candidates_NJ[row_H, rank_H] = logit_MT.flatten()[hit_H]
+    candidates_NJ[row_H, rank_H] = logits_NC.flatten()[flat_H]
     return candidates_NJ, places_NJ

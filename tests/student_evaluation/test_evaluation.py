@@ -186,7 +186,9 @@ def test_positions_that_say_nothing_are_not_counted(teacher: PreTrainedModel, n_
     models, vocabulary = {"student": lambda: teacher}, StudentVocabulary(n_real)
     with_nothing, without = (evaluate({"heldout": [row]}, models, vocabulary).overall for row in (emptied, only_first))
     assert with_nothing.n_positions == 1
-    assert with_nothing.models["student"]["kl_nats"] == without.models["student"]["kl_nats"]
+    # A head of two positions and one of a single position round differently on some processors.
+    ours, theirs = (overall.models["student"]["kl_nats"].value for overall in (with_nothing, without))
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_rows_without_positions_are_not_counted(teacher: PreTrainedModel, n_real: int) -> None:

@@ -34,6 +34,15 @@ def test_unknown_ids_leave_the_support_and_the_rest_is_renormalised() -> None:
     assert report.mass_dropped == pytest.approx(0.1)  # 0.2 at one of two positions
 
 
+def test_positions_that_lose_nothing_add_nothing_to_the_mass_that_was_dropped() -> None:
+    random = np.random.default_rng(0)
+    positions = [dict(zip(range(16), random.dirichlet(np.ones(16)) * 0.9, strict=True)) for _ in range(300)]
+    positions[7][99] = 1e-7
+    row = row_of([1] * 301, list(range(300)), positions, [0.1] * 300)
+    _, report = fit_rows([row], StudentVocabulary(50), MANY)
+    assert report.mass_dropped * 300 == pytest.approx(1e-7, rel=0.1)
+
+
 def test_an_unused_id_below_the_limit_counts_as_unknown() -> None:
     row = row_of([1, 2], [0], [{4: 0.5, 2: 0.3}], [0.2])
     (fitted,), _ = fit_rows([row], StudentVocabulary(10, unused=(4, 7)), MANY)

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.teacher_capture import arrow
+from distill_assets.teacher_capture.arrow import capture_schema, older_schema
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.chunks import Chunk, ChunkFolder, Cost, Figures
 from distill_assets.teacher_capture.reuse import captured_rows
+from distill_assets.teacher_capture.sealed import sealed_writer
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
 from tests.bench import Bench
@@ -46,6 +50,25 @@ def test_a_chunk_with_a_bit_flipped_is_not_finished_unless_it_changes_nothing(be
         else:
             redone += 1
     assert redone > 90
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_chunk_of_an_older_schema_is_finished(bench: Bench, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    folder, chunk, undisturbed = unfinished(bench)
+    [file] = folder.files()
+    table, told = pq.read_table(file), pq.read_metadata(file).metadata
+    with monkeypatch.context() as patch:
+        schema = older_schema(capture_schema(bench.spec.targets))
+        patch.setattr(arrow, "capture_schema", lambda *_: schema)
+        with sealed_writer(file, bench.spec.targets) as writer:
+            writer.write_table(table.cast(schema))
+            writer.add_key_value_metadata({"distill_chunk": told[b"distill_chunk"].decode()})
+    assert not pq.read_schema(file).equals(table.schema) and folder.is_finished(chunk)
+    if force:
+        (folder.folder / "forced").touch()
+    report = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", force=force)
+    assert (report.capture.stats.rows_captured, report.capture.stats.seconds) == (6, 0.5)  # as the chunk says
+    assert pq.read_table(report.capture.path).equals(pq.read_table(undisturbed))
 
 
 @pytest.mark.parametrize("said", [b"rows_captured", b"support_q"])

@@ -112,7 +112,7 @@ def capture(root: Path, room: int, kill_after: int = 0) -> subprocess.CompletedP
 
 
 def fill_memory(root: Path, how: str, share: float = 1.0, room: int = 12) -> subprocess.CompletedProcess[str]:
-    """`room` in pieces of 64 KB: twelve are enough for what a chunk is made of, but not for compressing it well."""
+    """`room` in pieces of 64 KB: twelve are enough for what a chunk is made of, four are not for compressing it."""
     return python(FULL, str(root), how, str(share), str(room))
 
 
@@ -176,7 +176,7 @@ def test_a_row_that_finds_no_memory_beside_a_chunk_is_tried_alone(tmp_path: Path
 
 def test_without_memory_for_a_chunk_the_finished_ones_stay(tmp_path: Path, teacher_folder: Path) -> None:
     root = make(tmp_path / "home", teacher_folder)
-    answer = json.loads(fill_memory(root, "for good").stdout)
+    answer = json.loads(fill_memory(root, "for good", room=4).stdout)
     assert answer["error"].startswith("OutOfMemory: shard s0: no memory left ("), answer
     assert "goes on from the last finished chunk" in answer["error"]
     assert list(root.rglob(".unfinished-s0@*/*.parquet"))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_assets.foundation import language_model
 from distill_assets.foundation.settings import TargetSettings
+from distill_assets.teacher_capture import top_k
 from distill_assets.teacher_capture.teacher import Teacher
 from distill_assets.teacher_capture.top_k import top_k_targets
 
@@ -74,6 +77,7 @@ def test_blocks_join_to_the_dense_distribution(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int
 ) -> None:
     monkeypatch.setattr(language_model, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(top_k, "_CACHED_ROWS", 16)
     torch.manual_seed(k)
     check(teacher, torch.randn(POSITIONS, WIDTH), torch.randint(0, 3, (POSITIONS,)) * 2000 + 7, k, 0.0)
     check(teacher, torch.randn(POSITIONS, WIDTH), torch.arange(POSITIONS) * 120 + 10, k, 0.01)
@@ -89,20 +93,46 @@ def test_the_likeliest_ids_are_found_wherever_they_stand(
         check(teacher, torch.tensor(slopes)[:, None].repeat(1, WIDTH).float(), torch.tensor([9, 2500, 4990]), 20)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [0, POSITIONS - 1])
 def test_a_position_whose_logits_are_no_numbers_spoils_no_other(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, value: float, bad: int
 ) -> None:
     monkeypatch.setattr(language_model, "BLOCK_BYTES", 1)
     torch.manual_seed(0)
-    hidden_ND, gold_N, settings = torch.randn(5, WIDTH), torch.arange(5), TargetSettings(k=20)
-    spoilt_ND = hidden_ND.clone()
-    spoilt_ND[[1, 4]] = torch.tensor([torch.nan, torch.inf])[:, None]
+    hidden_ND, gold_N, settings = torch.randn(POSITIONS, WIDTH), torch.arange(POSITIONS), TargetSettings(k=20)
+    spoilt_ND, is_good_N = hidden_ND.clone(), torch.arange(POSITIONS) != bad
+    spoilt_ND[bad] = value
     with torch.inference_mode():
         expected = top_k_targets(teacher, hidden_ND, gold_N, settings)
         found = top_k_targets(teacher, spoilt_ND, gold_N, settings)
-    assert found.entropy_N.isfinite().tolist() == [True, False, True, True, False]
+    assert (found.entropy_N.isfinite() == is_good_N).all()
     for name in ("ids_NK", "logprobs_NK", "tail_logprob_N", "gold_logprob_N", "entropy_N"):
-        torch.testing.assert_close(getattr(found, name)[[0, 2, 3]], getattr(expected, name)[[0, 2, 3]])
+        torch.testing.assert_close(getattr(found, name)[is_good_N], getattr(expected, name)[is_good_N])
+
+
+@pytest.mark.parametrize("k", [32, 512])
+def test_one_position_that_says_little_takes_no_memory_of_all(k: int) -> None:
+    """One whose logits are all the same, and one whose logits rise: each makes all ids of a block candidates."""
+    n, vocabulary = 1024, 16_384
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        model.lm_head.weight[:, 0] = torch.arange(vocabulary) / 1000
+    teacher, hidden_ND = Teacher(model, vocabulary, torch.tensor([], dtype=torch.int64)), torch.randn(n, WIDTH)
+    hidden_ND[:, 0] = 0
+    peaks = []
+    for first in (None, torch.zeros(WIDTH), torch.eye(WIDTH)[0]):
+        if first is not None:
+            hidden_ND[0] = first
+        with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            top_k_targets(teacher, hidden_ND, torch.zeros(n, dtype=torch.int64), TargetSettings(k=k))
+        sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        peaks.append(max(accumulate(sizes)) / 2**20)
+    assert max(peaks) < 48, peaks
 
 
 def test_a_tail_far_below_rounding_is_exact(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
