@@ -3,7 +3,8 @@
 One capture of real text by SmolLM2-135M with exact log-probabilities is published in each way, everything
 included: ids of the rows, positions, tail, gold, entropy, footer. `KL lost` is the mean KL(exact || stored)
 over the kept ids and one bucket for the rest. Reading back is what a training does, seals and checksums checked,
-a store of such files into padded tensors, by turns with JSONL of the same ids; the fastest of some rounds counts.
+a store of such files into padded tensors, several files at a time, by turns with JSONL of the same ids in one thread;
+the fastest of some rounds counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTar
 from distill_assets.teacher_capture.store import Capture, read_rows
 
 K = 32
-FILES = 10  # of the store that is read back, copies of one
+FILES = 10  # of the store that is read back: one, ten times
 # Over the store in one timing: it is seconds of reading, not the milliseconds in which threads wake up.
 PASSES, PASSES_JSONL = 10, 1
 PRECISIONS = ("compact", "exact")
