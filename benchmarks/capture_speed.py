@@ -3,8 +3,9 @@
 `engine`: `capture_shard` from the shard file to the published Parquet, teacher loaded. `bare`: the
 model's own forward pass, full head at every token, on the same tokens in batches without padding, and
 nothing kept. `loop`: rows in file order, padded to the longest of a batch of 8, log_softmax and topk of
-all logits, written as JSONL. All three take turns; compared are the fastest rounds of each, since what else
-a machine does can only add time.
+all logits, written as JSONL. `bare, oneDNN`, where the engine multiplies by that instead of MKL: `bare` by oneDNN
+as well, which no transformers does by itself. All take turns; compared are the fastest rounds of each, since what
+else a machine does can only add time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from workload import (
     with_random_ids,
 )
 
+from distill_assets.foundation.cpu_products import is_fast, products_of, whole_length
 from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.settings import TargetSettings
@@ -84,14 +86,16 @@ def measure(home: BenchHome, teacher: Teacher, rows: Sequence[Row], device: str,
         "bare": lambda: bare_forward(teacher, rows, budget),
         "loop": lambda: naive_loop(teacher, rows, home.home.root / "loop.jsonl"),
     }
+    with torch.inference_mode():
+        if is_fast(teacher.model.lm_head.weight):
+            ways["bare, oneDNN"] = lambda: bare_forward_by_one_dnn(teacher, rows, budget)
     seconds = by_turns(ways, repeats)
     fastest = {way: min(rounds) for way, rounds in seconds.items()}
     tokens = n_tokens(rows)
     return {
         "tokens": tokens,
         **{f"{way} tokens/s": tokens / fastest[way] for way in ways},
-        "engine / bare": fastest["bare"] / fastest["engine"],
-        "engine / loop": fastest["loop"] / fastest["engine"],
+        **{f"engine / {way}": fastest[way] / fastest["engine"] for way in ways if way != "engine"},
     }
 
 
@@ -100,11 +104,13 @@ def _engine(home: BenchHome, shard: Any, device: str) -> None:
 
 
 @torch.inference_mode()
-def bare_forward(teacher: Teacher, rows: Sequence[Row], budget: int) -> None:
-    """The same tokens, end to end in rows of their mean length, as many rows a pass as the budget takes."""
+def bare_forward(teacher: Teacher, rows: Sequence[Row], budget: int, whole: int = 1) -> None:
+    """The same tokens, end to end in rows of their mean length, as many rows a pass as the budget takes. Rows are a
+    multiple of `whole` long.
+    """
     ids = torch.tensor([token for row in rows for token in row.ids], device=teacher.device)
     # Attention grows with length: rows of the length the average token stands in cost what the ragged ones do.
-    length = round(sum(len(row.ids) ** 2 for row in rows) / len(ids))
+    length = whole_length(1, round(sum(len(row.ids) ** 2 for row in rows) / len(ids)), whole)
     per_pass = max(1, budget // length) * length
     for part in ids.split(per_pass):
         whole = len(part) // length * length
@@ -114,6 +120,12 @@ def bare_forward(teacher: Teacher, rows: Sequence[Row], budget: int) -> None:
             teacher.model(input_ids=part[None, whole:], use_cache=False)
     if teacher.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def bare_forward_by_one_dnn(teacher: Teacher, rows: Sequence[Row], budget: int) -> None:
+    with products_of(teacher.model) as whole:
+        bare_forward(teacher, rows, budget, whole)
 
 
 @torch.inference_mode()

@@ -10,14 +10,17 @@ each loaded model that body, head and logit transform give what its own forward 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from distill_assets.foundation.cpu_products import fast_product, is_fast, products_of, whole_length
 from distill_assets.foundation.errors import ModelError, first_line
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import Dtype
@@ -96,9 +99,25 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor |
     With `positions_BT`, B is 1: rows one after another, whose positions begin anew at 0. For a model that
     `keeps_packed_rows_apart`.
     """
-    packed = {} if positions_BT is None else _packed_arguments(positions_BT)
-    output = model.base_model(input_ids=ids_BT, use_cache=False, **packed)
-    return output.last_hidden_state
+    if positions_BT is not None:
+        return model.base_model(input_ids=ids_BT, use_cache=False, **_packed_arguments(positions_BT)).last_hidden_state
+    with products_of(model) as rows:
+        length = ids_BT.shape[1]
+        wider = whole_length(len(ids_BT), length, rows)
+        if _may_be_wider(model, wider):
+            ids_BT = pad(ids_BT, (0, wider - length))
+        return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :length]
+
+
+def _may_be_wider(model: PreTrainedModel, width: int) -> bool:
+    """Whether padding to so many tokens changes nothing: not where positions are learned and there are not so many, nor
+    where rotary embeddings are those of the longest row.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    return width <= most and kinds.isdisjoint({"dynamic", "longrope"})
 
 
 def _packed_arguments(positions_BT: Tensor) -> dict[str, Any]:
@@ -147,7 +166,11 @@ def head_logits(
     if columns is None:
         logits_NW: Tensor = head(hidden_ND)
     else:
-        logits_NW = torch.mm(hidden_ND, head.weight[columns].t(), out=out)
+        weight_CD = head.weight[columns]
+        if hidden_ND.dtype == torch.float32 and is_fast(weight_CD):
+            logits_NW = fast_product(hidden_ND, weight_CD)
+        else:
+            logits_NW = torch.mm(hidden_ND, weight_CD.t(), out=out)
         if head.bias is not None:
             logits_NW += head.bias[columns]
     scale, cap = _logit_transform(model)
@@ -229,8 +252,9 @@ def verify_split(model: PreTrainedModel, name: str) -> None:
     width = head_width(model) if model.get_output_embeddings() is not None else 0
     if not width:
         raise ModelError(f"{name}: {type(model).__name__} has no language-model head to distil from")
-    ids_BT = torch.arange(1, 9, device=model.device).remainder(width)[None]
-    own = model(input_ids=ids_BT, use_cache=False).logits.float()
+    ids_BT = torch.arange(1, 17, device=model.device).remainder(width).view(2, 8)
+    with products_of(model):  # what differs by library is not asked here
+        own = model(input_ids=ids_BT, use_cache=False).logits.float()
     if not own.isfinite().all():
         raise ModelError(f"{name}: its logits are not finite; its weights are damaged, or its dtype too narrow")
     ours = head_logits(model, hidden_states(model, ids_BT)).float()
@@ -240,6 +264,8 @@ def verify_split(model: PreTrainedModel, name: str) -> None:
             f"{name}: {type(model).__name__} changes its logits after the head in a way this version does not know; "
             "it cannot be used"
         )
-    ids_BT[0, -1] = 0
-    if not torch.allclose(own[0, :-1], model(input_ids=ids_BT, use_cache=False).logits.float()[0, :-1], atol=tolerance):
+    ids_BT[:, -1] = 0
+    with products_of(model):
+        changed = model(input_ids=ids_BT, use_cache=False).logits.float()
+    if not torch.allclose(own[:, :-1], changed[:, :-1], atol=tolerance):
         raise ModelError(f"{name}: {type(model).__name__} lets a token see what comes after it; use a causal model")
