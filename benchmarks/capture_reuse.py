@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workload import BenchHome, Row, arguments, docstring_rows, n_tokens, scratch, show, smollm2
+from workload import BenchHome, Row, arguments, n_tokens, scratch, show, smollm2, standard_library_rows
 
 from distill_assets.dataset_shards.discover import discover_shards
 from distill_assets.foundation.progress import Progress
@@ -24,11 +24,11 @@ SHARDS = 200
 
 def main() -> None:
     options = arguments(
-        __doc__, tokens=(int, 410_000, "most tokens of the first run"), device=(str, "auto", "device of the teacher")
+        __doc__, tokens=(int, 900_000, "most tokens of the first run"), device=(str, "auto", "device of the teacher")
     )
     with scratch() as folder:
         teacher = smollm2()
-        rows = docstring_rows(teacher, options.tokens)
+        rows = standard_library_rows(teacher, options.tokens)
         first = rows[: len(rows) * 100 // 101]
         home = BenchHome(Path(folder) / "home", teacher, k=32)
         write(home, first)

@@ -34,7 +34,7 @@ from workload import (
     with_random_ids,
 )
 
-from distill_assets.foundation.cpu_products import is_fast, products_of, whole_length
+from distill_assets.foundation.cpu_products import is_fast, products_of
 from distill_assets.foundation.devices import resolve_device
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.settings import TargetSettings
@@ -110,14 +110,14 @@ def bare_forward(teacher: Teacher, rows: Sequence[Row], budget: int, whole: int 
     """
     ids = torch.tensor([token for row in rows for token in row.ids], device=teacher.device)
     # Attention grows with length: rows of the length the average token stands in cost what the ragged ones do.
-    length = whole_length(1, round(sum(len(row.ids) ** 2 for row in rows) / len(ids)), whole)
+    length = -(-round(sum(len(row.ids) ** 2 for row in rows) / len(ids)) // whole) * whole
     per_pass = max(1, budget // length) * length
     for part in ids.split(per_pass):
-        whole = len(part) // length * length
-        if whole:
-            teacher.model(input_ids=part[:whole].view(-1, length), use_cache=False)
-        if whole < len(part):
-            teacher.model(input_ids=part[None, whole:], use_cache=False)
+        even = len(part) // length * length
+        if even:
+            teacher.model(input_ids=part[:even].view(-1, length), use_cache=False)
+        if even < len(part):
+            teacher.model(input_ids=part[None, even:], use_cache=False)
     if teacher.device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workload import arguments, by_turns, show, smollm2
 
-from distill_assets.foundation.cpu_products import ROWS, OneDnnProducts, whole_length
-from distill_assets.foundation.language_model import forward_batch_tokens, load_model
+from distill_assets.foundation.cpu_products import ROWS, OneDnnProducts, fast_product, whole_shape
+from distill_assets.foundation.language_model import BLOCK_BYTES, forward_batch_tokens, load_model
 from distill_assets.foundation.model_folders import ModelFolder
 
 LENGTHS = (64, 256, 1024)
@@ -55,13 +55,21 @@ def body(model: PreTrainedModel, ids_BT: Tensor, products: AbstractContextManage
     return hidden_BTD
 
 
+@torch.inference_mode()
 def mib_kept(model: PreTrainedModel, passes: int) -> float:
-    """What memory grows by, in MiB, over passes of 1 to 16 rows, padded as `hidden_states` does it."""
+    """What memory grows by, in MiB, over passes of 1 to 16 rows that are padded as `hidden_states` does it, and the
+    head, a block of ids at a time, at up to all of their tokens.
+    """
     lengths, before = random.Random(0), resident_mib()
+    head = model.get_output_embeddings().weight
     for _ in range(passes):
         rows = lengths.randint(1, 16)
-        length = whole_length(rows, lengths.randint(700, 1000) // rows, ROWS)
-        body(model, torch.ones((rows, length), dtype=torch.int64), OneDnnProducts())
+        shape = whole_shape(rows, lengths.randint(700, 1000) // rows, ROWS, float("inf"))
+        hidden_ND = body(model, torch.ones(shape, dtype=torch.int64), OneDnnProducts()).flatten(0, 1)
+        scored_ND = hidden_ND[: lengths.randint(len(hidden_ND) // 4, len(hidden_ND))]
+        width = BLOCK_BYTES // (4 * len(scored_ND)) // 1024 * 1024
+        for weight_CD in head.split(width):
+            fast_product(scored_ND, weight_CD)
     return resident_mib() - before
 
 

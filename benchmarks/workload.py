@@ -16,8 +16,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ from distill_assets.teacher_capture.store import Capture, CaptureStore, read_cap
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WIDE_VOCABULARY = 151_936  # as many ids as Qwen2.5 has
-_PIECE = 1500  # characters of a docstring in one row at most
+_PIECE = 1500  # characters of a docstring or function in one row at most
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -163,36 +165,51 @@ def real_rows(teacher: Path, n_tokens: int) -> list[Row]:
     return rows
 
 
-def docstring_rows(teacher: Path, n_tokens: int) -> list[Row]:
-    """Docstrings of the standard library, long ones in pieces, with what they are of as prompts, none twice: up to
-    `n_tokens`, or all that this Python has.
+def standard_library_rows(teacher: Path, n_tokens: int) -> list[Row]:
+    """Docstrings of the standard library, and where these are not enough its functions, long ones in pieces, with what
+    they are of as prompts, none twice: up to `n_tokens`, or all that this Python has.
     """
     tokenizer = load_tokenizer(resolve_model(str(teacher), None, teacher))
     rows: list[Row] = []
     seen: set[str] = set()
     total = 0
+    for name, text in chain(_docstrings(), _functions()):
+        for piece in (text[start : start + _PIECE] for start in range(0, len(text), _PIECE)):
+            if len(piece) < 80 or piece in seen:
+                continue
+            seen.add(piece)
+            prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{name}:\n", piece))
+            rows.append(Row([*prompt, *completion], len(prompt)))
+            total += len(rows[-1].ids)
+            if total >= n_tokens:
+                return rows
+    return rows
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    for file, _, node in _documented():
+        yield file.stem if isinstance(node, ast.Module) else node.name, ast.get_docstring(node) or ""
+
+
+def _functions() -> Iterator[tuple[str, str]]:
+    for _, lines, node in _documented():
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, "".join(lines[node.lineno - 1 : node.end_lineno])
+
+
+def _documented() -> Iterator[tuple[Path, list[str], _Documented]]:
+    """All that may have a docstring, with its file and the file's lines."""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
         if {"test", "tests", "site-packages"} & set(file.parts):
             continue
         try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            source = file.read_text(encoding="utf-8")
+            tree, lines = ast.parse(source), source.splitlines(keepends=True)
         except (SyntaxError, UnicodeDecodeError):
             continue  # samples for parsers
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            text = ast.get_docstring(node) or ""
-            name = file.stem if isinstance(node, ast.Module) else node.name
-            for piece in (text[start : start + _PIECE] for start in range(0, len(text), _PIECE)):
-                if len(piece) < 80 or piece in seen:
-                    continue
-                seen.add(piece)
-                prompt, completion = (tokenizer(part)["input_ids"] for part in (f"{name}:\n", piece))
-                rows.append(Row([*prompt, *completion], len(prompt)))
-                total += len(rows[-1].ids)
-                if total >= n_tokens:
-                    return rows
-    return rows
+            if isinstance(node, _Documented):
+                yield file, lines, node
 
 
 def with_random_ids(rows: Iterable[Row], vocabulary: int, seed: int = 0) -> list[Row]:

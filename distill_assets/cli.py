@@ -16,6 +16,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -29,6 +30,7 @@ from distill_assets import terminal
 from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
 from distill_assets.foundation.files import disk_problem
 from distill_assets.foundation.home import HOME_VARIABLE, default_home, find_home, make_home
+from distill_assets.foundation.wording import counted
 
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
@@ -148,15 +150,27 @@ def init(
     """Make a new home: a commented distill.yaml, shards/, and the Dagster instance."""
     from distill_assets.foundation.settings_text import init_text
 
-    # A folder is named from where the user stands, but distill.yaml is read from the home.
-    named = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in (teacher, student)]
-    home = make_home(directory, init_text(*named))
+    home = make_home(directory, init_text(_model("--teacher", teacher), _model("--student", student)))
     if as_json:
         print_json({"home": str(home.root)})
     else:
         terminal.out.print(f"{home.root} is a home now.")
         terminal.out.print(f"Next: put shards into {home.root / 'shards'}, look at {home.settings_file}, then")
         terminal.out.print(f"  distill plan --home {shlex.quote(str(directory))}")
+
+
+def _model(option: str, name: str) -> str:
+    """A hub id, or the path of a folder, which is named from where the user stands, while distill.yaml is read from the
+    home.
+    """
+    from distill_assets.foundation.model_folders import is_hub_id
+
+    with suppress(RuntimeError):  # ~ of nobody
+        if (folder := Path(name).expanduser()).is_dir():
+            return str(folder.resolve())
+    if not is_hub_id(name):
+        raise UsageError(f"{option} {name}: there is no such folder here; give one, or a hub id (owner/name)")
+    return name
 
 
 @app.command()
@@ -344,7 +358,7 @@ def export(
     if as_json:
         print_json({"rows": rows, "path": str(out)})
     else:
-        counts = f"{terminal.counted(rows, 'row')} of {terminal.counted(len(wanted), 'shard')}"
+        counts = f"{counted(rows, 'row')} of {counted(len(wanted), 'shard')}"
         terminal.out.print(escape(f"{counts} written to {out}"), soft_wrap=True)
 
 

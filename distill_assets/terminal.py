@@ -23,6 +23,7 @@ from rich.text import Text
 
 from distill_assets.foundation.progress import Progress as Step
 from distill_assets.foundation.progress import as_line
+from distill_assets.foundation.wording import counted, plural
 
 if TYPE_CHECKING:
     from distill_assets.foundation.home import Home
@@ -75,7 +76,7 @@ class ProgressBar:
             self.clear()
             self._task = self._progress.add_task("", total=step.total)
             self._step = step.step
-        rate = f"{step.rate:,.3g} {_plural(step.unit)}/s" if step.rate else ""
+        rate = f"{step.rate:,.3g} {plural(step.unit)}/s" if step.rate else ""
         self._progress.update(
             self._task, completed=step.done, total=step.total, description=escape(step.step), rate=rate, note=step.note
         )
@@ -107,15 +108,6 @@ def progress_bar() -> Iterator[ProgressBar]:
         bar = ProgressBar(progress)
         yield bar
         bar.clear()
-
-
-def counted(n: int, unit: str) -> str:
-    """`1 step`, `2 steps`, whether `unit` is given as one or as many."""
-    return f"{n:,} {unit.removesuffix('s') if n == 1 else _plural(unit)}"
-
-
-def _plural(unit: str) -> str:
-    return unit.removesuffix("s") + "s"
 
 
 def _number(value: Any, digits: int = 0) -> str:
@@ -312,6 +304,8 @@ def show_run(report: RunReport) -> None:
             f"({counted(report.tokens_captured, 'token')}{speed}), {counted(report.rows_reused, 'row')} reused. "
             f"{report.seconds:,.1f} s in all."
         )
+    if report.bad_rows:
+        out.print(f"[yellow]Left out:[/] {counted(report.bad_rows, 'bad row')}, as data.on_bad_row says.")
     if foreseen := report.estimate:
         seconds = "" if foreseen["seconds"] is None else f"{foreseen['seconds']:,.1f} s and "
         out.print(
@@ -375,6 +369,8 @@ def show_comparison(comparison: Comparison) -> None:
 
 def show_problems(report: VerifyReport) -> None:
     """A problem a line, with its file, and how many files were read."""
+    for run_id in report.closed_runs:
+        out.print(f"[dim]closed run {run_id[:8]}, whose process was gone[/]")
     for problem in report.problems:
         out.print(f"[bold red]{problem.kind}[/] {escape(f'{problem.path}: {problem.message}')}", soft_wrap=True)
     found = counted(len(report.problems), "problem") if report.problems else "no problem"
@@ -479,6 +475,8 @@ def show_tokenizer_report(report: TokenizerReport) -> None:
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Any query result as a table, numbers to the right; a field a line where there are too many columns."""
+    if not rows:
+        err.print("[dim]no rows[/]")
     cells = [[_cell(value) for value in row] for row in rows]
     if len(columns) * LEAST_COLUMN > out.width:
         name_width = max(map(cell_len, columns))

@@ -250,6 +250,32 @@ def test_init_takes_folders_from_where_the_user_stands(tmp_path: Path, teacher_f
     assert f"model: {teacher_folder}" in (tmp_path / "home" / "distill.yaml").read_text()
 
 
+def test_init_refuses_a_folder_that_is_not_there(tmp_path: Path, teacher_folder: Path) -> None:
+    options = "--teacher", teacher_folder, "--student", "./models/stduent"
+    said = refusal("init", tmp_path / "home", *options, code=2)
+    assert "--student ./models/stduent: there is no such folder here; give one, or a hub id" in said
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_teacher_whose_folder_is_gone_is_named_by_its_setting(fresh: Path, tmp_path: Path) -> None:
+    edit(fresh, teacher={"model": str(tmp_path / "gone")})
+    for command in ("plan", "status", "verify", "run"):
+        assert f"teacher.model {tmp_path / 'gone'}: no folder at " in refusal(command, home=fresh)
+
+
+def test_bad_rows_that_are_left_out_are_told(fresh: Path) -> None:
+    edit(fresh, data={"on_bad_row": "skip"})
+    with (fresh / "shards" / "s1.jsonl").open("a") as shard:
+        shard.write('{"prompt": 3}\n')
+    [planned] = [shard for shard in answer("plan", home=fresh)["shards"] if shard["shard"] == "s1"]
+    assert planned["state"] == "changed" and planned["reason"].endswith("; 1 bad row left out")
+    shown = distill("run", "--shard", "s1", "--device", "cpu", home=fresh)
+    assert "Left out: 1 bad row" in shown.stdout and "changed: 0 of 6 rows" in shown.stderr
+    shard_file = fresh / "shards" / "heldout.jsonl"
+    shard_file.write_text(shard_file.read_text() + "[]\n" * 2)
+    assert answer("run", "--shard", "heldout", "--device", "cpu", home=fresh)["bad_rows"] == 2
+
+
 def test_a_port_in_use_is_refused(made: tuple[Path, dict[str, Any]]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -497,7 +523,7 @@ def test_the_version_is_the_package_s() -> None:
 
 def test_verify_names_what_is_damaged_and_gc_removes_what_is_superseded(fresh: Path) -> None:
     whole = answer("verify", home=fresh)
-    assert whole["problems"] == [] and whole["files"] > 10
+    assert whole["problems"] == whole["closed_runs"] == [] and whole["files"] > 10
     assert "no problem found" in distill("verify", home=fresh).stdout
 
     tiny.write_jsonl(fresh / "shards" / "s1.jsonl", tiny.example_rows(8, start=100))

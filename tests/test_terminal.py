@@ -155,3 +155,9 @@ def test_rows_of_many_columns_are_shown_a_field_a_line(capsys: pytest.CaptureFix
     assert lines[3].split(maxsplit=1) == ["column_3", "value 3"] and len([x for x in lines if x]) == len(columns)
     terminal.show_rows(columns[:3], [["a", "b", "c"]])
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", "b", "c"]
+
+
+def test_a_query_without_an_answer_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for columns in (["key"], [f"column_{i}" for i in range(100)]):
+        terminal.show_rows(columns, [])
+        assert capsys.readouterr().err == "no rows\n"

@@ -25,6 +25,7 @@ from distill_assets.foundation.errors import ModelError, ShardError
 from distill_assets.foundation.fingerprints import content_hash
 from distill_assets.foundation.inserted_ids import inserted_ids, token_ids
 from distill_assets.foundation.settings import DataSettings
+from distill_assets.foundation.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,7 +271,7 @@ def describe_bad_row(shard: Shard, bad: BadRow) -> str:
 
 def _bad_row_message(shard: Shard, bad_rows: Sequence[BadRow]) -> str:
     more = len(bad_rows) - 1
-    others = f" (and {more} more bad {'row' if more == 1 else 'rows'})" if more else ""
+    others = f" (and {counted(more, 'more bad row')})" if more else ""
     return (
         f"shard {shard.key} ({shard.path}) {describe_bad_row(shard, bad_rows[0])}{others}; "
         "mend it, or set data.on_bad_row: skip"

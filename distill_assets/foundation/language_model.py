@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill_assets.foundation.cpu_products import fast_product, is_fast, products_of, whole_length
+from distill_assets.foundation.cpu_products import fast_product, is_fast, products_of, whole_rows, whole_shape
 from distill_assets.foundation.errors import ModelError, first_line
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import Dtype
@@ -101,23 +101,25 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor |
     """
     if positions_BT is not None:
         return model.base_model(input_ids=ids_BT, use_cache=False, **_packed_arguments(positions_BT)).last_hidden_state
-    with products_of(model) as rows:
-        length = ids_BT.shape[1]
-        wider = whole_length(len(ids_BT), length, rows)
-        if _may_be_wider(model, wider):
-            ids_BT = pad(ids_BT, (0, wider - length))
-        return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :length]
+    n_rows, length = ids_BT.shape
+    with products_of(model) as whole:
+        if whole > 1:
+            rows, wide = whole_shape(n_rows, length, whole, longest_padding(model))
+            ids_BT = pad(ids_BT, (0, wide - length, 0, rows - n_rows))
+        return model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:n_rows, :length]
 
 
-def _may_be_wider(model: PreTrainedModel, width: int) -> bool:
-    """Whether padding to so many tokens changes nothing: not where positions are learned and there are not so many, nor
-    where rotary embeddings are those of the longest row.
+def longest_padding(model: PreTrainedModel) -> float:
+    """To how many tokens a row can be padded so that nothing changes: as many as there are positions that were learned,
+    and none where rotary embeddings are those of the longest row.
     """
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    most = getattr(config, "max_position_embeddings", None) or math.inf
-    return width <= most and kinds.isdisjoint({"dynamic", "longrope"})
+    if not kinds.isdisjoint({"dynamic", "longrope"}):
+        return 0
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return min((limit for limit in limits if limit), default=math.inf)
 
 
 def _packed_arguments(positions_BT: Tensor) -> dict[str, Any]:
@@ -160,19 +162,18 @@ def head_logits(
     """Logits [N, W] in the model's dtype, with the architecture's scaling and soft-capping.
 
     `columns` asks for some ids only, and needs a head that `is_plain`; without gradients their logits may be
-    written to `out`.
+    written to `out`, which saves fresh memory where MKL multiplies.
     """
     head = model.get_output_embeddings()
-    if columns is None:
+    fast = is_plain(head) and hidden_ND.dtype == torch.float32 and is_fast(head.weight)
+    if columns is None and not fast:
         logits_NW: Tensor = head(hidden_ND)
     else:
-        weight_CD = head.weight[columns]
-        if hidden_ND.dtype == torch.float32 and is_fast(weight_CD):
-            logits_NW = fast_product(hidden_ND, weight_CD)
-        else:
-            logits_NW = torch.mm(hidden_ND, weight_CD.t(), out=out)
+        part = columns or slice(None)
+        weight_WD = head.weight[part]
+        logits_NW = fast_product(hidden_ND, weight_WD) if fast else torch.mm(hidden_ND, weight_WD.t(), out=out)
         if head.bias is not None:
-            logits_NW += head.bias[columns]
+            logits_NW += head.bias[part]
     scale, cap = _logit_transform(model)
     if scale != 1.0:
         logits_NW = logits_NW * scale
@@ -210,7 +211,7 @@ def plain_head(model: PreTrainedModel) -> PlainHead:
     return PlainHead(head.weight, head.bias, *_logit_transform(model))
 
 
-def is_plain(head: torch.nn.Module) -> bool:
+def is_plain(head: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Whether a head is one matrix in memory: no other kind of layer, and none that accelerate fetches when called."""
     return type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook")
 
@@ -219,19 +220,24 @@ def is_plain(head: torch.nn.Module) -> bool:
 def head_blocks(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Float32 logits [N, C] of the ids from `start` on, block after block of the real vocabulary: (start, logits).
 
-    A block is yours to overwrite until the next one comes, which takes its memory: fresh memory costs a CPU
+    A block is yours to overwrite until the next one comes, which may take its memory: fresh memory costs a CPU
     more than what is computed in it. Ids without a token are at NEVER. A head that is not plain comes in one.
     """
-    if not is_plain(model.get_output_embeddings()):
+    head = model.get_output_embeddings()
+    if not is_plain(head):
         yield 0, real_logits(model, hidden_ND, n_real, unused)
         return
     limit = _GPU_HEAD_BYTES if hidden_ND.device.type == "cuda" else BLOCK_BYTES
     width = max(1024, limit // (4 * len(hidden_ND)) // 1024 * 1024)
-    memory = hidden_ND.new_empty(len(hidden_ND) * min(width, n_real))
+    n_rows, memory = len(hidden_ND), None
+    if is_fast(head.weight):
+        hidden_ND = whole_rows(hidden_ND)  # once for all blocks
+    else:
+        memory = hidden_ND.new_empty(n_rows * min(width, n_real))
     for start in range(0, n_real, width):
         stop = min(start + width, n_real)
-        out_NC = memory[: len(hidden_ND) * (stop - start)].view(len(hidden_ND), stop - start)
-        logits_NC = head_logits(model, hidden_ND, slice(start, stop), out_NC).float()
+        out_NC = None if memory is None else memory[: n_rows * (stop - start)].view(n_rows, stop - start)
+        logits_NC = head_logits(model, hidden_ND, slice(start, stop), out_NC)[:n_rows].float()
         if unused.numel():
             here = unused[(unused >= start) & (unused < stop)].to(logits_NC.device)
             logits_NC.index_fill_(1, here - start, NEVER)
@@ -253,7 +259,7 @@ def verify_split(model: PreTrainedModel, name: str) -> None:
     if not width:
         raise ModelError(f"{name}: {type(model).__name__} has no language-model head to distil from")
     ids_BT = torch.arange(1, 17, device=model.device).remainder(width).view(2, 8)
-    with products_of(model):  # what differs by library is not asked here
+    with products_of(model):  # as `hidden_states` has them: rounding is not what is asked for here
         own = model(input_ids=ids_BT, use_cache=False).logits.float()
     if not own.isfinite().all():
         raise ModelError(f"{name}: its logits are not finite; its weights are damaged, or its dtype too narrow")

@@ -129,28 +129,35 @@ _HUB_TIMEOUT_SECONDS = 10.0
 _fetched: dict[tuple[str, str | None, bool], tuple[float, Path]] = {}
 
 
-def resolve_model(name: str, revision: str | None, root: Path, weights: bool = True) -> ModelFolder:
+def is_hub_id(name: str) -> bool:
+    """Whether it is written as the hub writes ids: owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def resolve_model(
+    name: str, revision: str | None, root: Path, weights: bool = True, called: str = "model"
+) -> ModelFolder:
     """Find the folder of a hub id or path (relative to `root`).
 
     A hub id is fetched into the hub's cache and answered with the commit its revision stands for (asked
     anew every ten minutes), without its `weights` where they are not needed; HF_HUB_OFFLINE is honoured.
     Where the hub cannot be asked, what the cache has is used with a warning. Raises ModelError with where
-    was looked.
+    was looked, and what the model is `called`, the key of distill.yaml that names it.
     """
     folder = (root / Path(name).expanduser()).resolve()
     if folder.is_dir():
         return ModelFolder(name, folder, None)
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelError(f"model {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
+    if not is_hub_id(name):
+        raise ModelError(f"{called} {name}: no folder at {folder}; give an existing folder or a hub id (owner/name)")
     asked, now = (name, revision, weights), time.monotonic()
     at, path = _fetched.get(asked, (-math.inf, folder))
     if now - at > _HUB_SECONDS or not path.is_dir():
-        path = _fetch(name, revision, folder, _WITH_WEIGHTS if weights else _WITHOUT_WEIGHTS)
+        path = _fetch(called, name, revision, folder, _WITH_WEIGHTS if weights else _WITHOUT_WEIGHTS)
         _fetched[asked] = (now, path)
     return ModelFolder(name, path, path.name)
 
 
-def _fetch(name: str, revision: str | None, folder: Path, wanted: Sequence[str]) -> Path:
+def _fetch(called: str, name: str, revision: str | None, folder: Path, wanted: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -167,14 +174,16 @@ def _fetch(name: str, revision: str | None, folder: Path, wanted: Sequence[str])
         cause = unanswered or error
         if isinstance(cause, RepositoryNotFoundError):
             raise ModelError(
-                f"model {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
+                f"{called} {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
             ) from None
         offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise ModelError(
-            f"model {name}: no folder at {folder}, and it could not be fetched from the hub{offline} "
+            f"{called} {name}: no folder at {folder}, and it could not be fetched from the hub{offline} "
             f"({first_line(cause)})"
         ) from None
     if unanswered:
         said = first_line(unanswered)
-        warnings.warn(f"model {name}: the hub gave no answer ({said}); using cached commit {path.name}", stacklevel=3)
+        warnings.warn(
+            f"{called} {name}: the hub gave no answer ({said}); using cached commit {path.name}", stacklevel=3
+        )
     return path

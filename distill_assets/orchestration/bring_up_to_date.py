@@ -16,6 +16,7 @@ import dagster as dg
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, StaleInputs, UsageError
 from distill_assets.foundation.home import Home
+from distill_assets.foundation.wording import counted
 from distill_assets.orchestration import metadata, records
 from distill_assets.orchestration.assets import WHY_TAG
 from distill_assets.orchestration.checks import CAPTURE_CHECKS, WITH_TEACHER
@@ -35,14 +36,16 @@ TRAINED = frozenset({"student_model", "control_student"})
 
 @dataclass
 class RunReport:
-    """What a run did. `captured_shards`: those for which a file was written; `estimate`: seconds, bytes and
-    basis of the plan for these shards; `checks`: what the checks of these captures found, each with `passed`
-    and `found`; `evaluation`: figures by model and metric, of which `summary` is the table in words.
+    """What a run did. `captured_shards`: those for which a file was written; `bad_rows`: theirs that were left out, as
+    `data.on_bad_row` says; `estimate`: seconds, bytes and basis of the plan for these shards; `checks`: what the checks
+    of these captures found, each with `passed` and `found`; `evaluation`: figures by model and metric, of which
+    `summary` is the table in words.
     """
 
     captured_shards: list[str] = field(default_factory=list)
     rows_captured: int = 0
     rows_reused: int = 0
+    bad_rows: int = 0
     tokens_captured: int = 0
     capture_seconds: float = 0.0
     bytes_written: int = 0
@@ -255,6 +258,7 @@ class _Walk:
         self.report.bytes_written += capture.bytes
         self.report.rows_captured += stats.rows_captured
         self.report.rows_reused += stats.rows_reused
+        self.report.bad_rows += stats.bad_rows
         self.report.tokens_captured += stats.tokens_captured
         self.report.capture_seconds = round(self.report.capture_seconds + stats.seconds, 2)
 
@@ -353,7 +357,7 @@ def _cause(failure: dg.DagsterEvent) -> str:
 
 
 def _why(plan: ShardPlan) -> str:
-    return plan.state if plan.rows is None else f"{plan.state}: {plan.rows_to_capture:,} rows of {plan.rows:,}"
+    return plan.state if plan.rows is None else f"{plan.state}: {plan.rows_to_capture:,} of {counted(plan.rows, 'row')}"
 
 
 def _estimate(plan: CapturePlan, captured: Sequence[str]) -> dict[str, Any] | None:

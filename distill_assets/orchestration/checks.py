@@ -9,6 +9,7 @@ from pydantic import Field
 from distill_assets.capture_catalog.verify import compare_with_store
 from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.home import find_home
+from distill_assets.foundation.wording import counted
 from distill_assets.orchestration import metadata
 from distill_assets.orchestration.assets import GPU_POOL, PROCESS, capture_catalog, student_evaluation, teacher_capture
 from distill_assets.orchestration.pipeline import Pipeline
@@ -46,10 +47,6 @@ def _looked_at(
     return sorted(wanted & captured), sorted(wanted - captured)
 
 
-def _shards(n: int) -> str:
-    return f"{n:,} shard" if n == 1 else f"{n:,} shards"
-
-
 def _result(passed: bool, severity: dg.AssetCheckSeverity, said: str, figures: dict[str, Any]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=passed, severity=severity, description=said, metadata=figures)
 
@@ -66,7 +63,7 @@ def capture_is_complete(context: dg.AssetCheckExecutionContext, config: ShardsCo
     captured = [(pipeline.shards[key], captures[key]) for key in shards]
     report = check_complete(pipeline.spec, captured, progress_of(context))
     problems = [*report.problems, *(f"shard {key} has no current capture" for key in missing)]
-    said = problems[0] if problems else f"{report.rows:,} rows are those of {_shards(report.captures)}"
+    said = problems[0] if problems else f"{report.rows:,} rows are those of {counted(report.captures, 'shard')}"
     return _result(not problems, ERROR, said, metadata.of_complete(report, problems))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from distill_assets.capture_catalog.refresh import CatalogReport
+from distill_assets.foundation.wording import counted
 from distill_assets.orchestration import summaries
 from distill_assets.orchestration.partitions import (
     CODE_VERSION,
@@ -141,7 +142,7 @@ def in_words(reports: Sequence[CaptureReport]) -> str:
     """What a run captured, for its tags."""
     made = [report.capture.stats for report in reports if report.written]
     captured, rows = sum(stats.rows_captured for stats in made), sum(stats.rows for stats in made)
-    return f"{captured:,} rows of {rows:,}" if rows else "nothing, all was current"
+    return f"{captured:,} of {counted(rows, 'row')}" if rows else "nothing, all was current"
 
 
 def of_tokenizers(report: TokenizerReport, file: Path) -> Metadata:

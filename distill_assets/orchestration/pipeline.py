@@ -70,7 +70,9 @@ class Pipeline:
     def student_folder(self) -> ModelFolder | None:
         """The folder of `student.model`; None for a student made from layers or a configuration."""
         origin = self.settings.student
-        return resolve_model(origin.model, origin.revision, self.home.root) if origin.model else None
+        if not origin.model:
+            return None
+        return resolve_model(origin.model, origin.revision, self.home.root, called="student.model")
 
     # tokenizers ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill_assets.foundation.errors import DistillError, StaleInputs, TrainingError
+from distill_assets.foundation.wording import counted
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.orchestration.states import INPUTS, AssetStates
 from distill_assets.student_evaluation.identity import HTML_FILE
@@ -182,7 +183,7 @@ def _state(states: AssetStates, asset: str, stale_inputs: Sequence[str], plan: C
     if states.is_current(asset) and not stale_inputs:
         return "current", ""
     if asset == "teacher_capture" and (failed := sum(shard.state == "failed" for shard in plan.shards)):
-        return "failed", f"{_shards(failed)} failed"
+        return "failed", f"{counted(failed, 'shard')} failed"
     if asset in KINDS and not stale_inputs and (folder := _path(states, asset)).exists():
         read_student(folder)  # there, but not whole: the error says what is wrong with it
     if not _ever_made(states.pipeline, asset):
@@ -199,7 +200,7 @@ def _refusal(pipeline: Pipeline) -> str:
 def _why_stale(states: AssetStates, asset: str) -> str:
     if asset == "teacher_capture":
         missing = len(states.pipeline.uncaptured)
-        return f"{_shards(missing)} {'has' if missing == 1 else 'have'} no current capture"
+        return f"{counted(missing, 'shard')} {'has' if missing == 1 else 'have'} no current capture"
     if asset == "capture_catalog":
         return "captures changed since, or the home was moved"
     return "settings or data changed since"
@@ -227,10 +228,6 @@ def _record(folder: Path) -> StudentRecord | None:
         return read_student(folder)
     except TrainingError:
         return None
-
-
-def _shards(n: int) -> str:
-    return f"{n} shard" if n == 1 else f"{n} shards"
 
 
 def _path(states: AssetStates, asset: str) -> Path:

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from distill_assets.capture_catalog.query import mass_by_rank
+from distill_assets.foundation.wording import counted
 from distill_assets.orchestration.pipeline import Pipeline
 from distill_assets.student_model.saving import StudentRecord
 
@@ -30,7 +31,7 @@ def of_catalog(pipeline: Pipeline) -> str:
         "ids kept": f"{sums['mean_kept_ids']:.1f}",
         "mass kept": f"{sums['mean_kept_mass']:.1%}",
     }
-    looked_at = f"the first {MOST_ROWS} rows of {len(shards)} of {sums['shards']:,} shards"
+    looked_at = f"the first {MOST_ROWS} rows of {len(shards)} of {counted(sums['shards'], 'shard')}"
     return f"{_table(rows)}\n\n{_picture('mass kept', draw_kept_mass(list(accumulate(mass))))}\n\nFrom {looked_at}."
 
 

@@ -29,21 +29,22 @@ from distill_assets.teacher_capture.verify import GC, verify_captures
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found; `files` were read."""
+    """What was found; `files` were read. `closed_runs`: ids of Dagster's runs whose process was gone, closed now."""
 
     problems: tuple[Problem, ...]
     files: int
+    closed_runs: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"problems": [asdict(problem) for problem in self.problems], "files": self.files}
+        return asdict(self)
 
 
 def verify(home: Home, on_progress: ProgressListener = ignore_progress) -> VerifyReport:
-    """Read everything the system made in `home`; nothing is changed. SettingsError or ModelError when what it
+    """Read everything the system made in `home`; no file is changed. SettingsError or ModelError when what it
     should be cannot be known.
     """
     with open_instance(home) as instance:
-        close_dead_runs(instance)
+        closed = close_dead_runs(instance)
         pipeline = Pipeline(home)
         counted = _Counter(home, on_progress)
 
@@ -53,7 +54,7 @@ def verify(home: Home, on_progress: ProgressListener = ignore_progress) -> Verif
         problems = list(_problems(pipeline, is_busy, counted.read))
         said = {problem.path for problem in problems}
         problems += [problem for problem in _missing(AssetStates(pipeline), instance) if problem.path not in said]
-    return VerifyReport(tuple(problems), counted.files)
+    return VerifyReport(tuple(problems), counted.files, tuple(closed))
 
 
 class _Counter:

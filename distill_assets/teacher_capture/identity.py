@@ -71,7 +71,7 @@ def capture_spec(home: Home, settings: Settings, hashes: HashCache) -> CaptureSp
     """Resolve the teacher and its tokenizer into a capture's identity. No weights are loaded, nor a tokenizer
     of which all is known.
     """
-    teacher = resolve_model(settings.teacher.model, settings.teacher.revision, home.root)
+    teacher = resolve_model(settings.teacher.model, settings.teacher.revision, home.root, called="teacher.model")
     weights = teacher.weights(hashes)
     tokenizer = tokenizer_facts(teacher, hashes)
     n_ids = len(tokenizer.ids)

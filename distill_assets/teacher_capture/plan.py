@@ -17,6 +17,7 @@ from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
 from distill_assets.foundation.errors import CaptureError, DistillError, EditedImport, PinnedCapture
 from distill_assets.foundation.settings import TargetSettings
+from distill_assets.foundation.wording import counted
 from distill_assets.teacher_capture.derive import derivable, sources
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.imported import imported_source
@@ -171,17 +172,20 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience, planned:
             return ShardPlan(shard.key, state, reason, current.stats.rows, 0, 0)
         if stored.store.is_pinned(shard.key):
             return _plan_copy(shard, state, reason, stored)
-        rows = encode_shard(shard, stored.spec.encoder).rows
+        encoded = encode_shard(shard, stored.spec.encoder)
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
+    rows = encoded.rows
+    if encoded.bad_rows:
+        reason += f"; {counted(len(encoded.bad_rows), 'bad row')} left out"
     keys = {row.key for row in rows}
     missing = {key for key in keys if key not in stored.rows}
     others = derivable(stored.rows_elsewhere, missing)
     if others:
-        reason += f"; {len(others):,} rows can be derived from {', '.join(sorted(set(others.values())))}"
+        reason += f"; {counted(len(others), 'row')} can be derived from {', '.join(sorted(set(others.values())))}"
     missing -= others.keys()
     if twice := missing & planned:
-        reason += f"; {len(twice):,} rows are captured with shards before it"
+        reason += f"; {counted(len(twice), 'row')} captured with shards before it"
         missing -= twice
     new = {row.key: row for row in rows if row.key in missing}
     planned.update(new)
@@ -227,17 +231,17 @@ def _experience(spec: CaptureSpec, store: CaptureStore) -> _Experience:
     if own:
         positions = sum(capture.stats.supervised_tokens for capture in own)
         n_bytes = max(0.0, sum(capture.bytes for capture in own) - FILE_BYTES * len(own)) / positions
-        measured = f", measured on {_captures(own)} under these settings"
+        measured = f", measured on {counted(len(own), 'capture')} under these settings"
         basis = f"{said} and {n_bytes:.0f} bytes a scored position{measured}"
     else:
         n_bytes, rule = _rule_of_thumb(spec.targets)
-        source = f", measured on {_captures(seen)} under other settings" if speed else " before the first capture"
+        source = (
+            f", measured on {counted(len(seen), 'capture')} under other settings"
+            if speed
+            else " before the first capture"
+        )
         basis = f"{said}{source}; {n_bytes:.0f} bytes a scored position, {rule}"
     return _Experience(n_bytes, speed, f"{basis}; {FILE_BYTES / 1000:.0f} kB a file besides")
-
-
-def _captures(seen: Collection[Capture]) -> str:
-    return "1 capture" if len(seen) == 1 else f"{len(seen):,} captures"
 
 
 def _rule_of_thumb(targets: TargetSettings) -> tuple[float, str]:

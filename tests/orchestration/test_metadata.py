@@ -95,9 +95,9 @@ def test_a_run_says_why_and_how_much_it_captured_however_it_was_started(
 
     Pipeline(bench.home).check_tokenizers()
     sync_partitions(instance, set(bench.shards))
-    assert materialize("s0") == ("new", "6 rows of 6")
+    assert materialize("s0") == ("new", "6 of 6 rows")
     tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", [*tiny.example_rows(6), *tiny.example_rows(2, start=70)])
-    assert materialize("s0") == ("changed", "2 rows of 8")
+    assert materialize("s0") == ("changed", "2 of 8 rows")
     assert materialize("s0") == ("current", "nothing, all was current")
     assert metadata.why(["new", "changed", "new"]) == "1 changed, 2 new" and metadata.why([]) == ""
     assert metadata.why(["current"], force=True) == "forced"

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -97,6 +98,15 @@ except Exception as error:
     gc.collect()
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
 """
+
+
+@pytest.fixture(autouse=True)
+def memory_that_may_be_refused() -> Iterator[None]:
+    """From the start, so that what is compared is all multiplied by one library: see `cpu_products`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 46, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def make(root: Path, teacher: Path) -> Path:

@@ -61,7 +61,7 @@ def test_rows_of_several_shards_go_to_the_teacher_once(bench: Bench) -> None:
         tiny.write_jsonl(bench.home.root / "shards" / f"{key}.jsonl", tiny.example_rows(7))  # s0 has six of them
     found = plan(bench)
     assert [found[key].rows_to_capture for key in ("a", "b", "s0")] == [7, 0, 0]
-    assert found["b"].reason == "never captured; 7 rows are captured with shards before it"
+    assert found["b"].reason == "never captured; 7 rows captured with shards before it"
     tokens = {key: p.tokens_to_capture for key, p in found.items()}
     for key, shard in bench.shards.items():
         stats = capture_shard(bench.spec, shard, bench.store, device="cpu").capture.stats

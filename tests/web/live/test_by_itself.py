@@ -220,7 +220,7 @@ def test_the_schedule_refreshes_only_what_changed(home: LiveHome, server: Server
     refreshed(server)
     assert home.captured() == {"s1": Captured(1, 5), "s9": Captured(3)}
     why = {run.key: run.tags[WHY_TAG] for run in new_runs(server, filled) if WHY_TAG in run.tags}
-    assert why == {"s1": "changed: 1 rows of 6", "s9": "new: 3 rows of 3"}
+    assert why == {"s1": "changed: 1 of 6 rows", "s9": "new: 3 of 3 rows"}
     require_agreement(home, server)
 
     home.keep_more()
