@@ -18,6 +18,8 @@ from transformers import (
     Lfm2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from distill_assets.foundation.devices import resolve_device
@@ -91,6 +93,14 @@ def test_a_model_that_bends_its_logits_in_an_unknown_way_is_refused() -> None:
     model = BentHead(GraniteConfig(**SHAPE)).eval()
     with pytest.raises(ModelError, match="bent: BentHead changes its logits after the head"):
         verify_split(model, "bent")
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """It looks at as many ids as are no padding, and 2 is padding: of a single row 1, 2, ... it never saw the last."""
+    torch.manual_seed(0)
+    config = XLMConfig(vocab_size=96, emb_dim=16, n_layers=1, n_heads=2, pad_index=2)
+    with pytest.raises(ModelError, match="ahead: XLMWithLMHeadModel lets a token see what comes after it"):
+        verify_split(XLMWithLMHeadModel(config).eval(), "ahead")
 
 
 def test_weights_that_are_not_numbers_are_named_as_what_is_wrong(teacher_folder: Path) -> None:

@@ -106,9 +106,9 @@ def test_a_layer_the_teacher_does_not_have_is_refused_with_its_number_of_layers(
 def test_a_teacher_whose_layers_are_spread_over_lists_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    XLMWithLMHeadModel(XLMConfig(vocab_size=len(tokenizer), emb_dim=16, n_layers=3, n_heads=2)).save_pretrained(
-        tmp_path
-    )
+    XLMWithLMHeadModel(
+        XLMConfig(vocab_size=len(tokenizer), emb_dim=16, n_layers=3, n_heads=2, causal=True)
+    ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="does not keep its 3 layers in one list; start the student from model"):
         start(StudentSettings(from_teacher_layers=[0, 1]), ModelFolder("x", tmp_path, None))
