@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=(int, 7, "rounds that count"), passes=(int, 300, "ragged passes for memory"))
+    options = arguments(__doc__, repeats=(int, 7, "rounds that count"), passes=(int, 200, "ragged passes for memory"))
     model = load_model(ModelFolder("SmolLM2-135M", smollm2(), None), "float32", CPU)
     results = []
     for length in LENGTHS:
