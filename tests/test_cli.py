@@ -264,13 +264,20 @@ def test_a_teacher_whose_folder_is_gone_is_named_by_its_setting(fresh: Path, tmp
 
 
 def test_bad_rows_that_are_left_out_are_told(fresh: Path) -> None:
-    edit(fresh, data={"on_bad_row": "skip"})
+    def planned() -> dict[str, Any]:
+        return {shard["shard"]: shard for shard in answer("plan", home=fresh)["shards"]}["s1"]
+
     with (fresh / "shards" / "s1.jsonl").open("a") as shard:
         shard.write('{"prompt": 3}\n')
-    [planned] = [shard for shard in answer("plan", home=fresh)["shards"] if shard["shard"] == "s1"]
-    assert planned["state"] == "changed" and planned["reason"].endswith("; 1 bad row left out")
+    edit(fresh, data={"on_bad_row": "skip"})
+    assert planned()["state"] == "changed" and planned()["reason"].endswith("; 1 bad row left out")
+    edit(fresh, data={"on_bad_row": "fail"})
+    assert "s1" in answer("run", "--shard", "s1", "--device", "cpu", home=fresh, code=1)["failures"]
+    edit(fresh, data={"on_bad_row": "skip"})
+    assert planned()["state"] == "failed" and planned()["reason"].startswith("the last try failed: shard s1")
+    assert planned()["reason"].endswith("; 1 bad row left out")
     shown = distill("run", "--shard", "s1", "--device", "cpu", home=fresh)
-    assert "Left out: 1 bad row" in shown.stdout and "changed: 0 of 6 rows" in shown.stderr
+    assert "Left out: 1 bad row" in shown.stdout and "failed: 0 of 6 rows" in shown.stderr
     shard_file = fresh / "shards" / "heldout.jsonl"
     shard_file.write_text(shard_file.read_text() + "[]\n" * 2)
     assert answer("run", "--shard", "heldout", "--device", "cpu", home=fresh)["bad_rows"] == 2

@@ -210,7 +210,8 @@ class _Walk:
         tried = [shard for shard in candidates if shard.key in planned]
         for shard in tried:
             self._capture_one(shard, "forced: all rows" if self.force else _why(planned[shard.key]))
-        self.report.estimate = _estimate(plan, self.report.captured_shards)
+        if not self.force:  # nothing was foreseen of what is current
+            self.report.estimate = _estimate(plan, self.report.captured_shards)
         if tried:
             self.pipeline.forget_captures()
             self.states = AssetStates(self.pipeline)

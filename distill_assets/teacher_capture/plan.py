@@ -177,6 +177,7 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience, planned:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
     rows = encoded.rows
     if encoded.bad_rows:
+        reason = f"the last try failed: {reason}" if state == "failed" else reason
         reason += f"; {counted(len(encoded.bad_rows), 'bad row')} left out"
     keys = {row.key for row in rows}
     missing = {key for key in keys if key not in stored.rows}
