@@ -25,7 +25,7 @@ from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
 ROWS = 16
-_MOST_MORE = 1 / 16  # of a pass that may be added to make it whole; the gain can be as small
+_MOST_MORE = 1 / 4  # of a pass that may be added to make it whole: more would cost what is gained
 
 
 class OneDnnProducts(TorchFunctionMode):

@@ -148,12 +148,12 @@ def test_it_is_taken_by_what_the_processor_is() -> None:
 @given(st.integers(1, 100), st.integers(1, 2000), st.sampled_from([0, 300, 1024, float("inf")]))
 def test_a_pass_is_made_whole_where_that_costs_little(n_rows: int, length: int, longest: float) -> None:
     rows, wide = whole_shape(n_rows, length, ROWS, longest)
-    assert rows >= n_rows and wide >= length and rows * wide <= n_rows * length * 17 / 16
+    assert rows >= n_rows and wide >= length and rows * wide <= n_rows * length * 5 / 4
     assert wide <= max(length, longest)
     if (rows, wide) == (n_rows, length):
         # Whole already, or what one more row, or rows that are a multiple of 16 long, would add is too much.
         more = -n_rows % (ROWS // math.gcd(ROWS, length))
-        assert n_rows * length % ROWS == 0 or (n_rows + more) * length > n_rows * length * 17 / 16
+        assert n_rows * length % ROWS == 0 or (n_rows + more) * length > n_rows * length * 5 / 4
     else:
         assert rows * wide % ROWS == 0
     assert whole_shape(n_rows, length, 1, longest) == (n_rows, length)
