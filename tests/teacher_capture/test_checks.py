@@ -102,7 +102,7 @@ def test_an_honest_capture_passes_all_three(make: Make, precision: str) -> None:
 
     faithful = check_faithful(bench.spec, [capture], "cpu")
     assert faithful.passed and 0 < faithful.rows <= SAMPLE_ROWS and faithful.positions > 50
-    assert 0 < faithful.difference.noise < 1e-4  # float32: the order of sums
+    assert 0 <= faithful.difference.noise < 1e-4  # float32: the order of sums, which oneDNN keeps whatever the batch
     most = 1 / 32 if precision == "compact" else 0
     assert most / 2 <= faithful.difference.value <= faithful.difference.allowed < most + 2e-3
     assert check_faithful(bench.spec, [capture], "cpu") == faithful
