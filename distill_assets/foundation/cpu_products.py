@@ -146,7 +146,7 @@ def _may_be_refused_memory() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _never_overcommits(setting: Path = Path("/proc/sys/vm/overcommit_memory")) -> bool:
+def _never_overcommits() -> bool:
     with suppress(OSError):
-        return setting.read_text(encoding="ascii").strip() == "2"
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
     return False

@@ -94,7 +94,8 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor |
     """Final hidden states [B, T, D] of right-padded rows, after the body's last normalisation.
 
     No attention mask: in a causal model a token never sees what stands to its right, so padding
-    on the right changes nothing at real tokens, and attention takes its fast causal path.
+    on the right changes nothing at real tokens, and attention takes its fast causal path. Where the
+    faster product wants whole passes (`cpu_products`), rows are padded, and rows of padding added, for it.
 
     With `positions_BT`, B is 1: rows one after another, whose positions begin anew at 0. For a model that
     `keeps_packed_rows_apart`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ CPU = torch.device("cpu")
 OP = "mkldnn::_linear_pointwise"
 
 
-def operators(work: object) -> set[str]:
+def operators(work: Callable[[], object]) -> set[str]:
     """The names of all operators that PyTorch runs meanwhile."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        work()  # type: ignore[operator]
+        work()
     return {event.key for event in profiler.key_averages()}
 
 

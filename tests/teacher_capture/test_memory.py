@@ -104,7 +104,7 @@ except Exception as error:
 def memory_that_may_be_refused() -> Iterator[None]:
     """From the start, so that what is compared is all multiplied by one library: see `cpu_products`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 46, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 46 if soft == resource.RLIM_INFINITY else soft, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
