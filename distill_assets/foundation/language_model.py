@@ -142,7 +142,8 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     Not so where something other than attention looks back, as convolutions and recurrent layers do.
     """
     first, length, kind = 9, 16, model.device.type
-    ids_BT = torch.arange(1, length + 1, device=model.device).remainder(head_width(model))[None]
+    # All over the vocabulary: many of the first ids are special and hardly trained, and blow rounding up.
+    ids_BT = (torch.arange(1, length + 1, device=model.device) * head_width(model) // (length + 1))[None]
     positions_BT = torch.arange(length, device=model.device)[None].remainder(first)
     was_training = model.training
     model.eval()
@@ -153,8 +154,11 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.train(was_training)
-    tolerance = 5e-2 if torch.is_autocast_enabled(kind) or model.dtype != torch.float32 else 1e-4
-    return torch.allclose(packed_BTD, alone_BTD, rtol=tolerance, atol=tolerance)
+    # Of a token's whole state, since a trained model's dimensions differ a hundredfold. SmolLM2: 3e-6 and 0.03 where
+    # rows are apart, 0.7 where they are not.
+    tolerance = 0.1 if torch.is_autocast_enabled(kind) or model.dtype != torch.float32 else 1e-4
+    off_BT = (packed_BTD - alone_BTD).float().norm(dim=-1)
+    return bool((off_BT <= tolerance * alone_BTD.float().norm(dim=-1)).all())
 
 
 def head_logits(

@@ -139,6 +139,13 @@ def test_packed_rows_have_the_hidden_states_they_have_alone(attention: str) -> N
     assert keeps_packed_rows_apart(model) and model.training
 
 
+def test_large_states_do_not_look_like_mixed_rows() -> None:
+    model = random_model("cohere").bfloat16()
+    with torch.no_grad():
+        model.base_model.norm.weight *= 100
+    assert keeps_packed_rows_apart(model)
+
+
 def test_a_model_that_looks_back_by_other_means_than_attention_mixes_packed_rows() -> None:
     config = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
     assert not keeps_packed_rows_apart(Lfm2ForCausalLM(config))
