@@ -163,10 +163,11 @@ def _model(option: str, name: str) -> str:
     """A hub id, or the path of a folder, which is named from where the user stands, while distill.yaml is read from the
     home.
     """
-    from distill_assets.foundation.model_folders import is_hub_id
+    from distill_assets.foundation.model_folders import ModelFolder, is_hub_id
 
     with suppress(RuntimeError):  # ~ of nobody
         if (folder := Path(name).expanduser()).is_dir():
+            ModelFolder(f"{option} {name}", folder.resolve(), None).config()
             return str(folder.resolve())
     if not is_hub_id(name):
         raise UsageError(f"{option} {name}: there is no such folder here; give one, or a hub id (owner/name)")
@@ -457,10 +458,11 @@ def _compare(home: Home, ids: list[str], as_json: bool) -> tuple[Path, dict[str,
 @app.command()
 def verify(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Read every file of the home to its end and compare it with what refers to it; exit 1 if anything is wrong."""
+    there = find_home(home)  # said at once, not after the import
     from distill_assets.orchestration.verify import verify as verify_home
 
     with terminal.progress_bar() as bar:
-        found = verify_home(find_home(home), bar.show)
+        found = verify_home(there, bar.show)
     if as_json:
         print_json(found.to_json())
     else:

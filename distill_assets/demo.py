@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from distill_assets.foundation.errors import HomeError, ModelError, UnreadableFile
 from distill_assets.foundation.files import replacing_folder, write_json, write_text
-from distill_assets.foundation.home import Home
+from distill_assets.foundation.home import Home, require_folder
 from distill_assets.foundation.progress import Progress, ProgressListener
 from distill_assets.foundation.settings import (
     RECOMMENDED_TARGETS,
@@ -104,11 +104,12 @@ def prepare_demo(root: Path, on_progress: ProgressListener) -> DemoHome:
     given once, and `.demo.json` records that they were, so that a deleted shard stays deleted;
     delete `.demo.json` too to have the missing ones back.
 
-    Raises HomeError when `root` is a home with another teacher, ModelError when the teacher's
+    Raises HomeError when `root` is no folder, or a home with another teacher, ModelError when the teacher's
     package is not installed, UnreadableFile when this Python comes without its documentation.
     """
     began = time.monotonic()
     home = Home(root.expanduser().resolve())
+    require_folder(home.root)
     marker = home.root / MARKER
     has_settings = home.settings_file.exists()
     if has_settings and not marker.exists() and (model := home.settings().teacher.model) != TEACHER:

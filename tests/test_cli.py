@@ -254,6 +254,12 @@ def test_init_refuses_a_folder_that_is_not_there(tmp_path: Path, teacher_folder:
     options = "--teacher", teacher_folder, "--student", "./models/stduent"
     said = refusal("init", tmp_path / "home", *options, code=2)
     assert "--student ./models/stduent: there is no such folder here; give one, or a hub id" in said
+
+
+def test_init_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
+    said = refusal("init", tmp_path / "home", "--teacher", tmp_path)
+    assert f"--teacher {tmp_path}: no config.json in {tmp_path}; name a transformers model folder" in said
+    assert not (tmp_path / "home").exists()
     assert not (tmp_path / "home").exists()
 
 

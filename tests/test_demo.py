@@ -131,6 +131,13 @@ def test_what_the_user_changed_stays(root: Path) -> None:
     assert demo.prepare_demo(root, ignore_progress).shards_written == ("docstrings-text",)
 
 
+def test_in_place_of_a_file_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HomeError, match="file is a file; name a folder"):
+        demo.prepare_demo(tmp_path / "file", ignore_progress)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_home_with_another_teacher_is_not_filled(home: Path) -> None:
     before = sorted(path for path in home.rglob("*"))
     with pytest.raises(HomeError, match=r"is a home with the teacher .*; give the demo a folder of its own"):

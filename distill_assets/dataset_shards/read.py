@@ -114,7 +114,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)  # one for all lines: to 
 
 def _parse_json(line: int, content: bytes) -> object:
     try:
-        return _DECODER.decode(_decode(content))
+        return _DECODER.decode(_decode(content).rstrip("\r\n"))
     except json.JSONDecodeError as error:
         cut = "" if content.endswith(b"\n") else "; the file ends in this line without a line break: is it cut off?"
         return BadRow(line, f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1}){cut}")

@@ -148,15 +148,20 @@ class Home:
 def make_home(folder: Path, settings_text: str) -> Home:
     """Make `folder` a home with this distill.yaml; HomeError when it is one already."""
     home = Home(folder.expanduser().resolve())
-    _require_plain_path(home.root)
+    require_folder(home.root)
     if home.settings_file.exists():
         raise HomeError(f"{home.root} is a home already; edit {home.settings_file}")
-    if home.root.exists() and not home.root.is_dir():
-        raise HomeError(f"{home.root} is a file; name a folder")
     (home.root / "shards").mkdir(parents=True, exist_ok=True)
     write_text(home.settings_file, settings_text)
     home.prepare_dagster()
     return home
+
+
+def require_folder(root: Path) -> None:
+    """HomeError where no home can be: in place of a file, or under a name that DuckDB cannot read."""
+    _require_plain_path(root)
+    if root.exists() and not root.is_dir():
+        raise HomeError(f"{root} is a file; name a folder")
 
 
 def _require_plain_path(root: Path) -> None:

@@ -167,6 +167,8 @@ def test_jsonl_names_the_line_of_what_is_wrong(tmp_path: Path) -> None:
 def test_a_place_in_the_line_is_given_once(tmp_path: Path) -> None:
     [bad] = jsonl(tmp_path, b'{"text": "a\tb"}\n')
     assert isinstance(bad, BadRow) and bad.reason == "not valid JSON (Invalid control character at character 12)"
+    [bad] = jsonl(tmp_path, b'{"text": "broken\r\n')
+    assert isinstance(bad, BadRow) and bad.reason == "not valid JSON (Unterminated string starting at character 10)"
 
 
 def test_compressed_files_read_like_plain_ones(tmp_path: Path) -> None:
