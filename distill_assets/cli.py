@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from distill_assets import terminal
-from distill_assets.foundation.errors import DistillError, StaleInputs, UsageError
+from distill_assets.foundation.errors import DistillError, ModelError, StaleInputs, UsageError
 from distill_assets.foundation.files import disk_problem
 from distill_assets.foundation.home import HOME_VARIABLE, default_home, find_home, make_home
 from distill_assets.foundation.wording import counted
@@ -165,10 +165,17 @@ def _model(option: str, name: str) -> str:
     """
     from distill_assets.foundation.model_folders import ModelFolder, is_hub_id
 
+    folder = Path(name)
     with suppress(RuntimeError):  # ~ of nobody
-        if (folder := Path(name).expanduser()).is_dir():
-            ModelFolder(f"{option} {name}", folder.resolve(), None).config()
-            return str(folder.resolve())
+        folder = folder.expanduser()
+    if folder.is_dir():
+        found = ModelFolder(f"{option} {name}", folder.resolve(), None)
+        try:
+            found.config()
+            found.weight_files()
+        except ModelError as error:
+            raise UsageError(str(error)) from None
+        return str(found.path)
     if not is_hub_id(name):
         raise UsageError(f"{option} {name}: there is no such folder here; give one, or a hub id (owner/name)")
     return name
@@ -212,9 +219,10 @@ def check(
 @app.command()
 def plan(home: HomeOption = None, rehash: RehashOption = False, as_json: JsonOption = False) -> None:
     """What a run would capture, and why; runs nothing."""
+    found_home = find_home(home)
     from distill_assets.orchestration.status import what_follows, what_is_refused
 
-    pipeline = _pipeline(find_home(home), rehash)
+    pipeline = _pipeline(found_home, rehash)
     capture_plan = pipeline.plan()
     following, refused = what_follows(pipeline, capture_plan), what_is_refused(pipeline, capture_plan)
     if as_json:
@@ -296,9 +304,10 @@ def demo(
 @app.command()
 def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """The state of each shard and each asset."""
+    found_home = find_home(home)
     from distill_assets.orchestration.status import home_status
 
-    found = home_status(_pipeline(find_home(home)))
+    found = home_status(_pipeline(found_home))
     if as_json:
         print_json(asdict(found))
     else:
@@ -458,11 +467,11 @@ def _compare(home: Home, ids: list[str], as_json: bool) -> tuple[Path, dict[str,
 @app.command()
 def verify(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Read every file of the home to its end and compare it with what refers to it; exit 1 if anything is wrong."""
-    there = find_home(home)  # said at once, not after the import
+    found_home = find_home(home)  # what is wrong with it is said at once, not after the import
     from distill_assets.orchestration.verify import verify as verify_home
 
     with terminal.progress_bar() as bar:
-        found = verify_home(there, bar.show)
+        found = verify_home(found_home, bar.show)
     if as_json:
         print_json(found.to_json())
     else:
@@ -482,9 +491,10 @@ def gc(
 ) -> None:
     """Remove what nothing refers to: superseded captures, students and reports that are not current, comparisons,
     leftovers."""
+    found_home = find_home(home)
     from distill_assets.orchestration.garbage import collect_garbage
 
-    found = collect_garbage(find_home(home), dry_run, imported)
+    found = collect_garbage(found_home, dry_run, imported)
     if as_json:
         print_json(found.to_json())
     else:

@@ -104,7 +104,7 @@ def prepare_demo(root: Path, on_progress: ProgressListener) -> DemoHome:
     given once, and `.demo.json` records that they were, so that a deleted shard stays deleted;
     delete `.demo.json` too to have the missing ones back.
 
-    Raises HomeError when `root` is no folder, or a home with another teacher, ModelError when the teacher's
+    Raises HomeError when `root` cannot be a home, or is one with another teacher, ModelError when the teacher's
     package is not installed, UnreadableFile when this Python comes without its documentation.
     """
     began = time.monotonic()

@@ -254,12 +254,17 @@ def test_init_refuses_a_folder_that_is_not_there(tmp_path: Path, teacher_folder:
     options = "--teacher", teacher_folder, "--student", "./models/stduent"
     said = refusal("init", tmp_path / "home", *options, code=2)
     assert "--student ./models/stduent: there is no such folder here; give one, or a hub id" in said
-
-
-def test_init_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    said = refusal("init", tmp_path / "home", "--teacher", tmp_path)
-    assert f"--teacher {tmp_path}: no config.json in {tmp_path}; name a transformers model folder" in said
     assert not (tmp_path / "home").exists()
+
+
+def test_init_refuses_a_folder_without_a_model(tmp_path: Path, teacher_folder: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    said = refusal("init", tmp_path / "home", "--teacher", folder, code=2)
+    assert f"--teacher {folder}: no config.json in {folder}; name a transformers model folder" in said
+    shutil.copy(teacher_folder / "config.json", folder)
+    said = refusal("init", tmp_path / "home", "--teacher", teacher_folder, "--student", folder, code=2)
+    assert f"--student {folder}: no .safetensors in {folder}; " in said
     assert not (tmp_path / "home").exists()
 
 

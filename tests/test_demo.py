@@ -133,8 +133,9 @@ def test_what_the_user_changed_stays(root: Path) -> None:
 
 def test_in_place_of_a_file_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(HomeError, match="file is a file; name a folder"):
-        demo.prepare_demo(tmp_path / "file", ignore_progress)
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(HomeError, match="file is a file; name a folder"):
+            demo.prepare_demo(root, ignore_progress)
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -158,16 +158,15 @@ def make_home(folder: Path, settings_text: str) -> Home:
 
 
 def require_folder(root: Path) -> None:
-    """HomeError where no home can be: in place of a file, or under a name that DuckDB cannot read."""
-    _require_plain_path(root)
-    if root.exists() and not root.is_dir():
-        raise HomeError(f"{root} is a file; name a folder")
+    """HomeError where no home can be: in place of a file or below one, or under a name that DuckDB takes for another.
 
-
-def _require_plain_path(root: Path) -> None:
-    """DuckDB reads `*`, `?` and `[` in a file's name as a pattern and a backslash as a slash; none can be quoted."""
+    It reads `*`, `?` and `[` in a file's name as a pattern and a backslash as a slash; none can be quoted.
+    """
     if strange := sorted(set(str(root)) & set("*?[\\")):
         raise HomeError(f"{root}: the path of a home may not contain {strange[0]}; use another folder or rename it")
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if not there.is_dir():
+        raise HomeError(f"{there} is a file; name a folder")
 
 
 def default_home() -> Path | None:
@@ -187,7 +186,7 @@ def find_home(named: Path | None = None) -> Home:
     if folder is None:
         raise HomeError(f"no home given: pass --home DIR or set {HOME_VARIABLE}; `distill init DIR` makes one")
     home = Home(folder.expanduser().resolve())
-    _require_plain_path(home.root)
+    require_folder(home.root)
     if not home.settings_file.exists():
         raise HomeError(f"{home.root} has no {SETTINGS_FILE}; `distill init {folder}` makes it a home")
     elsewhere = os.environ.get(DAGSTER_VARIABLE)

@@ -149,7 +149,7 @@ def answer(name, mib, call, *words, **named):
         answers[name] = f"{type(error).__name__}: {error}"
 
 # rooms in the middle of what gives the answer, at least a fifth from where it is another
-answer("halved", 330, t.trained, tokenizer, out / "halved", t.WIDTH)
+answer("halved", 260, t.trained, tokenizer, out / "halved", t.WIDTH)
 answer("recomputed", 85, t.trained, tokenizer, out / "recomputed", t.WIDTH)
 answer("row", 60, t.trained, tokenizer, out / "row", t.WIDTH, 1024)
 answer("moments", 145, t.trained, tokenizer, out / "moments", 8 * t.WIDTH, 8)
