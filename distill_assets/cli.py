@@ -1,7 +1,8 @@
 """The `distill` command: thin. Each command is one call and a way to show what came back.
 
 Figures go to stdout (with --json exactly one JSON object), everything else to stderr. dagster,
-torch and transformers are imported only by the commands that need them.
+torch and transformers are imported only by the commands that need them, and a home is looked for
+before they are: what is wrong with it is said at once.
 """
 
 from __future__ import annotations
@@ -184,9 +185,9 @@ def _model(option: str, name: str) -> str:
 @app.command()
 def env(home: HomeOption = None) -> None:
     """Print shell exports, so that plain dagster and dg commands work in this home."""
+    found = find_home(home)
     from distill_assets.orchestration.instance import environment
 
-    found = find_home(home)
     found.prepare_dagster()
     for name, value in environment(found).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
@@ -321,9 +322,9 @@ def sql(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the catalog: one read-only SELECT."""
+    found = find_home(home)
     from distill_assets.capture_catalog.query import run_query
 
-    found = find_home(home)
     result = run_query(found.catalog, found.captures, query)
     if as_json:
         print_json({"rows": [dict(zip(result.columns, row, strict=True)) for row in result.rows]})
@@ -343,10 +344,10 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write current captures as JSONL, one example a line."""
+    found = find_home(home)
     from distill_assets.dataset_shards.discover import folder_of_shards
     from distill_assets.teacher_capture.interchange import export_encoded, export_jsonl, require_free
 
-    found = find_home(home)
     require_free(out, (*found.own_places, folder_of_shards(found.root, found.settings().data)), replace)
     pipeline = _pipeline(found)
     present = {s.key for s in pipeline.discovery.shards} | {problem.key for problem in pipeline.discovery.problems}
@@ -467,7 +468,7 @@ def _compare(home: Home, ids: list[str], as_json: bool) -> tuple[Path, dict[str,
 @app.command()
 def verify(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Read every file of the home to its end and compare it with what refers to it; exit 1 if anything is wrong."""
-    found_home = find_home(home)  # what is wrong with it is said at once, not after the import
+    found_home = find_home(home)
     from distill_assets.orchestration.verify import verify as verify_home
 
     with terminal.progress_bar() as bar:
@@ -507,9 +508,9 @@ def ui(
     home: HomeOption = None,
 ) -> None:
     """Start Dagster's web UI and daemon for this home, on loopback, until Ctrl-C."""
+    found = find_home(home)
     from distill_assets.orchestration.instance import environment
 
-    found = find_home(home)
     found.settings()  # an unreadable distill.yaml is said here, not in a browser
     _require_free(port)
     found.prepare_dagster()
