@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_in_a_capture_keeps_its_finished_chunks(
         assert os.strerror(errno.ENOSPC if disk else errno.EFBIG) in problem
     assert not [name for name in nothing if name.endswith(".parquet")]
     finished = [name for name in chunks if name.endswith(".parquet")]
-    assert finished and all(re.fullmatch(r"\d{9}\.parquet|identity\.json", name) for name in chunks)
+    assert finished and all(re.fullmatch(r"\d{9}-\d+\.parquet|identity\.json", name) for name in chunks)
     assert read_capture(resumed).stats.rows_captured == len(rows)
     assert pq.read_table(resumed).equals(pq.read_table(expected.capture.path))
 

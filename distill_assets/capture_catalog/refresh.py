@@ -184,17 +184,16 @@ def _write_captures(
         "SELECT path, capture_id, version, strftime(created, '%Y-%m-%dT%H:%M:%S+00:00'), bytes, seconds, teacher, "
         "number, sha256 FROM capture_files"
     ).fetchall()
-    known = {(*Path(path).parts[-2:], *described): number for path, *described, number, _ in listed}
+    numbers = {(*Path(path).parts[-2:], *described): number for path, *described, number, _ in listed}
     hashes = {number: sha256 for *_, number, sha256 in listed}
-    numbers = {entry.capture: known.get(_file_key(entry.capture)) for entry in (*entries, *history)}
-    gone = set(known.values()) - set(numbers.values())
+    gone = hashes.keys() - {numbers.get(_file_key(entry.capture)) for entry in (*entries, *history)}
     if gone:
         connection.execute("DELETE FROM capture_examples WHERE capture IN (SELECT unnest(?))", [sorted(gone)])
-    unused = max(known.values(), default=0) + 1
+    unused = max(hashes, default=0) + 1
     rows: list[dict[str, Any]] = []
     read: list[int] = []
     for entry in (*entries, *history):
-        number = numbers[entry.capture]
+        number = numbers.get(_file_key(entry.capture))
         if number is None:
             number, unused = unused, unused + 1
             read.append(number)
@@ -204,6 +203,7 @@ def _write_captures(
                 if entry.role != HISTORY or disk_problem(error):
                     raise
                 continue  # a damaged superseded file serves nobody and stops nobody
+            numbers[_file_key(entry.capture)] = number  # an imported file may stand for several shards
         rows.append(_row(number, hashes.get(number) or _sha256(entry.capture), entry))
     connection.execute("DELETE FROM capture_files")
     _insert(connection, "capture_files", rows)

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import gc
 import getpass
+import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from distill_assets.foundation.errors import DeviceError
+from distill_assets.foundation.memory import memory_ran_out
 
-# Devices are the machine's, not a home's: one lock file each, for all processes of a user.
-LOCKS = Path(tempfile.gettempdir()) / f"distill_assets-devices-{getpass.getuser()}"
+# Devices are the machine's, not a home's: one lock file each, for all processes of a user. (A container may have users
+# without a name, and only Unix numbers them.)
+LOCKS = Path(tempfile.gettempdir()) / f"distill_assets-devices-{getattr(os, 'getuid', getpass.getuser)()}"
 _LOOK_SECONDS = 0.2  # between two looks at devices that are all taken
-_MEMORY_WORDS = (  # of what raises no exception of its own: host and pinned memory, libraries beside the allocator
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "can't start new thread",
-    "Allocation error : not enough memory",  # zstd, through Arrow
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+_IDLE_SECONDS = 1.0  # between two looks whether others wait for a device that is leased here
+_WAITING = "waiting.lock"  # held by one that waits for a device
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,6 +49,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device. A GPU takes it when its turn comes: the host does not wait for what is before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def cuda_choices(name: str) -> list[str]:
     """The CUDA devices `name` leaves to choose from; none where it names one, or there is only one."""
     if resolve_device(name).type != "cuda" or ":" in name or torch.cuda.device_count() < 2:
@@ -65,8 +67,13 @@ def fits_one(n_bytes: int, choices: Sequence[str]) -> bool:
 
 
 @contextmanager
-def leased(choices: Sequence[str], every: bool = False, folder: Path = LOCKS) -> Iterator[str | None]:
-    """The first device of `choices` that no other process has leased; waits until there is one.
+def leased(
+    choices: Sequence[str],
+    every: bool = False,
+    folder: Path = LOCKS,
+    on_wait: Callable[[str], None] = lambda said: None,
+) -> Iterator[str | None]:
+    """The first device of `choices` that no other process has leased; waits until there is one, and tells `on_wait` so.
 
     `every`: all of them at once, for a model that needs them together. Yields None where nothing is to
     choose. The locks lie in `folder`; the system frees those of a process that dies.
@@ -75,53 +82,103 @@ def leased(choices: Sequence[str], every: bool = False, folder: Path = LOCKS) ->
         yield None
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    locks = {name: FileLock(folder / f"{name.replace(':', '-')}.lock") for name in choices}
-    if every:
-        with ExitStack() as stack:
-            for lock in locks.values():  # always in the same order: nobody waits for somebody who waits
-                stack.enter_context(lock)
+    with ExitStack() as stack:
+        if every:
+            for name in choices:  # always in the same order: nobody waits for somebody who waits
+                _first_free([name], folder, stack, on_wait)
             yield None
-        return
-    while True:
-        for name, lock in locks.items():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                yield name
-            finally:
-                lock.release()
-            return
-        time.sleep(_LOOK_SECONDS)
+        else:
+            yield _first_free(choices, folder, stack, on_wait)
+
+
+def _first_free(names: Sequence[str], folder: Path, stack: ExitStack, on_wait: Callable[[str], None]) -> str:
+    """The first of these devices that is free, locked until `stack` ends. Others can see that somebody waits."""
+    # For all threads: the one that gives them back is another.
+    locks = {name: FileLock(folder / f"{name.replace(':', '-')}.lock", thread_local=False) for name in names}
+    waiting = FileLock(folder / _WAITING)
+    try:
+        said = False
+        while True:
+            for name, lock in locks.items():
+                with suppress(Timeout):
+                    lock.acquire(timeout=0)
+                    stack.callback(lock.release)
+                    return name
+            if not said:
+                on_wait(f"waits for {' or '.join(names)}, which other processes use")
+                said = True
+            with suppress(Timeout):  # one that is seen to wait is enough
+                if not waiting.is_locked:
+                    waiting.acquire(timeout=0)
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        waiting.release()
+
+
+def _somebody_waits(folder: Path) -> bool:
+    """Whether a process waits for devices that others have leased."""
+    try:
+        with FileLock(folder / _WAITING).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 class Turn:
-    """Devices that stay leased between uses, as long as what is loaded on them stays there."""
+    """Devices that stay leased between uses, as long as what is loaded on them stays there.
 
-    def __init__(self, folder: Path = LOCKS) -> None:
-        self._folder = folder
+    While nothing uses them, a thread gives them back as soon as another process waits for one: whoever holds one may
+    himself be waiting for what that process has. `let_go` is called before they go back, to unload what is there.
+    """
+
+    def __init__(self, folder: Path = LOCKS, let_go: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._let_go = folder, let_go
+        self._in_use = threading.RLock()
         self._stack = ExitStack()
         self._held: tuple[object, str | None] | None = None
 
-    def take(self, asked: object, choices: Sequence[str], every: bool = False) -> str | None:
-        """As `leased`, for whoever `asked`: the device held for them already, else another, given back first."""
-        if self._held is None or self._held[0] != asked:
-            self.give_back()
-            self._held = (asked, self._stack.enter_context(leased(choices, every, self._folder)))
-        return self._held[1]
+    @contextmanager
+    def taken(
+        self,
+        asked: object,
+        choices: Sequence[str],
+        every: bool = False,
+        on_wait: Callable[[str], None] = lambda said: None,
+    ) -> Iterator[str | None]:
+        """As `leased`, for whoever `asked`: the device held for them already, else another, given back first. In use
+        until the block ends, and leased until `give_back`, or until another process waits for it.
+        """
+        if not choices:
+            yield None
+            return
+        with self._in_use:
+            if self._held is None or self._held[0] != asked:
+                self.give_back()
+                self._held = (asked, self._stack.enter_context(leased(choices, every, self._folder, on_wait)))
+                threading.Thread(target=self._make_way, args=(self._held,), daemon=True).start()
+            yield self._held[1]
 
     def give_back(self) -> None:
         """Let other processes have the devices."""
-        self._held = None
-        self._stack.close()
+        with self._in_use:
+            self._held = None
+            self._let_go()
+            self._stack.close()
+
+    def _make_way(self, held: tuple[object, str | None]) -> None:
+        while True:
+            time.sleep(_IDLE_SECONDS)
+            with self._in_use:
+                if self._held is not held:
+                    return
+                if _somebody_waits(self._folder):
+                    self.give_back()
+                    return
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _MEMORY_WORDS)
-    )
+    return isinstance(error, torch.OutOfMemoryError) or memory_ran_out(error)
 
 
 def free_memory() -> None:

@@ -57,6 +57,10 @@ class CaptureError(DistillError):
     """A capture could not be made, or a stored one cannot be read."""
 
 
+class CaptureOutOfReach(CaptureError):
+    """The system does not give a stored capture just now. It may be whole: nothing may be put in its place."""
+
+
 class InterchangeError(DistillError):
     """A JSONL file of another engine's log-probabilities cannot be imported as it is."""
 

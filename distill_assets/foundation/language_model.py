@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_assets.foundation.cpu_products import fast_product, is_fast, products_of, whole_rows, whole_shape
-from distill_assets.foundation.errors import ModelError, first_line
+from distill_assets.foundation.devices import is_out_of_memory, sent
+from distill_assets.foundation.errors import ModelError, OutOfMemory, first_line
 from distill_assets.foundation.model_folders import ModelFolder
 from distill_assets.foundation.settings import Dtype
 from distill_assets.foundation.tokenizers import quiet_transformers
@@ -63,10 +64,23 @@ def load_model(folder: ModelFolder, dtype: Dtype, device: torch.device, spread: 
             f"{lacking[0]} first; save or download the model again"
         )
     if not spread:
-        model.to(device)  # type: ignore[arg-type]
+        _move(model, device, folder.name)
     model.eval()
     verify_split(model, folder.name)
     return model
+
+
+def _move(model: PreTrainedModel, device: torch.device, name: str) -> None:
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        gib = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**30
+        raise OutOfMemory(
+            f"{name}: {device} has no room for {gib:.1f} GiB of {model.dtype} weights; "
+            "use a device with more memory, or a narrower dtype"
+        ) from error
 
 
 def forward_batch_tokens(device: torch.device) -> int:
@@ -83,6 +97,14 @@ def head_rows(model: PreTrainedModel) -> int:
     on_cpu = model.device.type == "cpu"
     rows, n_bytes = (HEAD_ROWS, HEAD_BYTES) if on_cpu else (_GPU_HEAD_ROWS, _GPU_HEAD_BYTES)
     return max(16, min(rows, n_bytes // (4 * head_width(model))))
+
+
+def head_device(model: PreTrainedModel) -> torch.device:
+    """Where logits come out: where its layers are spread over devices, not always where hidden states do."""
+    head: Any = model.get_output_embeddings()
+    if head.weight.device.type != "meta":
+        return torch.device(head.weight.device)
+    return torch.device(getattr(head._hf_hook, "execution_device", model.device))  # accelerate fetches it when called
 
 
 def head_width(model: PreTrainedModel) -> int:
@@ -114,13 +136,25 @@ def longest_padding(model: PreTrainedModel) -> float:
     """To how many tokens a row can be padded so that nothing changes: as many as there are positions that were learned,
     and none where rotary embeddings are those of the longest row.
     """
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if not kinds.isdisjoint({"dynamic", "longrope"}):
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in _ropes(model)):
         return 0
+    config = model.config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return min((limit for limit in limits if limit), default=math.inf)
+
+
+def turning_length(model: PreTrainedModel) -> float:
+    """Rows above so many tokens turn all positions of their batch by other angles; infinite where none do."""
+    limits = (
+        rope.get("original_max_position_embeddings") for rope in _ropes(model) if rope.get("rope_type") == "longrope"
+    )
+    return min((limit for limit in limits if limit), default=math.inf)
+
+
+def _ropes(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The parameters of its rotary embeddings: one kind for all layers, or one for each kind of layer."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def _packed_arguments(positions_BT: Tensor) -> dict[str, Any]:
@@ -234,7 +268,8 @@ def head_blocks(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: 
     """Float32 logits [N, C] of the ids from `start` on, block after block of the real vocabulary: (start, logits).
 
     A block is yours to overwrite until the next one comes, which may take its memory: fresh memory costs a CPU
-    more than what is computed in it. Ids without a token are at NEVER. A head that is not plain comes in one.
+    more than what is computed in it. Ids without a token, `unused`, ascending and on the host, are at NEVER. A head
+    that is not plain comes in one.
     """
     head = model.get_output_embeddings()
     if not is_plain(head):
@@ -252,8 +287,8 @@ def head_blocks(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: 
         out_NC = None if memory is None else memory[: n_rows * (stop - start)].view(n_rows, stop - start)
         logits_NC = head_logits(model, hidden_ND, slice(start, stop), out_NC)[:n_rows].float()
         if unused.numel():
-            here = unused[(unused >= start) & (unused < stop)].to(logits_NC.device)
-            logits_NC.index_fill_(1, here - start, NEVER)
+            first, last = torch.searchsorted(unused, torch.tensor([start, stop])).tolist()
+            logits_NC.index_fill_(1, sent(unused[first:last] - start, logits_NC.device), NEVER)
         yield start, logits_NC
 
 
@@ -261,7 +296,8 @@ def real_logits(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: 
     """Float32 logits [N, V] over real ids: the head's padding cut off, ids without a token at NEVER."""
     logits_NV = head_logits(model, hidden_ND)[:, :n_real].float()
     if unused is not None and unused.numel():
-        logits_NV = logits_NV.index_fill(1, unused.to(logits_NV.device), NEVER)
+        here = unused if unused.device == logits_NV.device else sent(unused, logits_NV.device)
+        logits_NV = logits_NV.index_fill(1, here, NEVER)
     return logits_NV
 
 
@@ -276,7 +312,7 @@ def verify_split(model: PreTrainedModel, name: str) -> None:
         own = model(input_ids=ids_BT, use_cache=False).logits.float()
     if not own.isfinite().all():
         raise ModelError(f"{name}: its logits are not finite; its weights are damaged, or its dtype too narrow")
-    ours = head_logits(model, hidden_states(model, ids_BT)).float()
+    ours = head_logits(model, hidden_states(model, ids_BT)).float().to(own.device)  # of layers that are spread
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance):
         raise ModelError(

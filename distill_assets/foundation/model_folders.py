@@ -24,6 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WITH_WEIGHTS = (*_WITHOUT_WEIGHTS, "*.safetensors")
+_ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -67,6 +68,11 @@ class ModelFolder:
             raise ModelError(
                 f"{self.name}: no .safetensors in {self.path}; other weight formats can run code and are not read "
                 "(convert with save_pretrained)"
+            )
+        if (self.path / _ADAPTER).exists():
+            raise ModelError(
+                f"{self.name}: {self.path} has an {_ADAPTER}, which transformers would put on top of the weights; "
+                "merge the adapter (peft's merge_and_unload) and save the model, or move that file away"
             )
         index = self.path / "model.safetensors.index.json"
         if index.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -14,7 +14,13 @@ from typing import Any
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, describe_bad_row, encode_shard
 from distill_assets.foundation.devices import free_memory, is_out_of_memory, resolve_device
-from distill_assets.foundation.errors import SHARD_FAILURES, CaptureError, EditedImport, OutOfMemory
+from distill_assets.foundation.errors import (
+    SHARD_FAILURES,
+    CaptureError,
+    CaptureOutOfReach,
+    EditedImport,
+    OutOfMemory,
+)
 from distill_assets.foundation.files import alone, sweep_beside
 from distill_assets.foundation.language_model import forward_batch_tokens
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -28,13 +34,13 @@ from distill_assets.teacher_capture.chunks import (
     plan_windows,
     total_stats,
 )
-from distill_assets.teacher_capture.derive import derivable, sources
+from distill_assets.teacher_capture.derive import Source, sources
 from distill_assets.teacher_capture.engine import score_rows
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.imported import copy_imported
 from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows, targets_at
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, SparseTargets
-from distill_assets.teacher_capture.store import Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.store import Capture, CaptureStore, WithoutDamaged, read_capture
 from distill_assets.teacher_capture.teacher import Teacher, teacher_in_turn
 
 
@@ -63,10 +69,9 @@ def capture_shard(
     only if a row is left for it. `force` recaptures every row, but for chunks that a killed forced run finished;
     a damaged capture is made again; an imported
     one stands whatever is asked, is written anew for a shard that was edited but whose rows were all imported, and
-    PinnedCapture is raised where it does not fit the shard. What is
-    wrong with the shard is recorded in the store under this content and raised; anything else (a device,
-    a full disk) only raised. The file appears whole or not at all; a killed run goes on from its last
-    finished chunk.
+    PinnedCapture is raised where it does not fit the shard. What is wrong with the shard is recorded in the store under
+    this content and raised; anything else (a device, a full disk, a stored capture out of reach) only raised. The file
+    appears whole or not at all; a killed run goes on from its last finished chunk.
     """
     name = (spec.capture_id, shard.key, shard.version)
     try:
@@ -84,6 +89,8 @@ def capture_shard(
             report = _within_memory(
                 shard, partial(_capture, spec, shard, store, device, batch_tokens, force, on_progress)
             )
+        except CaptureOutOfReach:
+            raise
         except SHARD_FAILURES as error:
             store.record_failure(*name, str(error))
             raise
@@ -92,10 +99,9 @@ def capture_shard(
 
 
 def _current(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> Capture | None:
-    try:
+    with WithoutDamaged():
         return store.current(spec, shard)
-    except CaptureError:
-        return None
+    return None
 
 
 def _within_memory(shard: Shard, capture: Callable[[bool], CaptureReport]) -> CaptureReport:
@@ -158,10 +164,12 @@ def _capture(
                 began, scored = time.monotonic(), {}
                 if fresh:
                     if teacher is None:
-                        teacher = turn.enter_context(teacher_in_turn(spec.weights, spec.dtype, device))
+                        teacher = turn.enter_context(teacher_in_turn(spec.weights, spec.dtype, device, meter.tell))
                         began = time.monotonic()
                     try:
-                        scored = _score(teacher, chunk.start, fresh, spec.targets, finished, planned, meter)
+                        scored = _score(
+                            teacher, chunk.start, fresh, spec.targets, finished, planned, meter, writer.keep
+                        )
                     except CaptureError as error:
                         raise CaptureError(f"shard {shard.key} ({shard.path}): {error}") from error
                 targets = scored | {key: stored[key].targets for key in keys & stored.keys()}
@@ -203,13 +211,13 @@ class _Before:
             return self._made
         return captured_rows(self._store, self._spec.capture_id)
 
-    def _others(self) -> dict[str, KeyIndex]:
-        return {source: captured_rows(self._store, source) for source in self._sources}
+    def _others(self) -> dict[Source, KeyIndex]:
+        return {source: captured_rows(self._store, source.capture_id) for source in self._sources}
 
     def keys(self, keys: Collection[str]) -> set[str]:
         """Those of `keys` that need no teacher."""
-        own = self._own()
-        return {key for key in keys if key in own} | derivable(self._others(), keys).keys()
+        known = [self._own(), *self._others().values()]
+        return {key for key in keys if any(key in rows for rows in known)}
 
     def rows(self, keys: set[str]) -> dict[str, _Stored]:
         """Those rows, read; what damaged files alone held is left out."""
@@ -218,21 +226,32 @@ class _Before:
         return found | self._read(keys - found.keys())
 
     def _read(self, keys: set[str]) -> dict[str, _Stored]:
-        own = targets_at(self._own().places(keys))
-        origins = _origins({path for path, _ in own.values()})
-        found = {key: _Stored(targets, origins[path]) for key, (path, targets) in own.items() if path in origins}
-        wanted = self._spec.targets
+        found = _as_they_are(self._own(), keys)
         for source, rows in self._others().items():
-            for key, (_, targets) in targets_at(rows.places(keys - found.keys())).items():
-                found[key] = _Stored(targets.narrowed(wanted.k, wanted.min_probability), (source,))
+            left = keys - found.keys()
+            if source.as_they_are:
+                found |= _as_they_are(rows, left)
+            else:
+                held = targets_at(rows.places(left))
+                found |= {
+                    key: _Stored(source.serve(stored, self._spec.targets), (source.capture_id,))
+                    for key, (_, stored) in held.items()
+                }
         return found
+
+
+def _as_they_are(rows: KeyIndex, keys: set[str]) -> dict[str, _Stored]:
+    """Those of `keys` that are held there, with where they came from themselves."""
+    held = targets_at(rows.places(keys))
+    origins = _origins({path for path, _ in held.values()})
+    return {key: _Stored(targets, origins[path]) for key, (path, targets) in held.items() if path in origins}
 
 
 def _origins(paths: Collection[Path]) -> dict[Path, tuple[str, ...]]:
     """What files of captured rows were derived from; files that are damaged, or gone by now, are left out."""
     origins = {}
     for path in paths:
-        with suppress(CaptureError):
+        with WithoutDamaged():
             origins[path] = derived_sources(path)
     return origins
 
@@ -247,8 +266,11 @@ class _Meter:
 
     def count(self, key: str) -> None:
         self._done += self._left.pop(key, 0)  # a row that is scored a second time is no progress
+        self.tell(self.note)
+
+    def tell(self, note: str) -> None:
         seconds = time.monotonic() - self._started
-        self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds, self.note))
+        self._on_progress(Progress(f"teacher on {self._shard}", self._done, self._total, "tokens", seconds, note))
 
 
 def _score(
@@ -259,15 +281,18 @@ def _score(
     finished: ChunkFolder,
     planned: int,
     meter: _Meter,
+    keep_before: Callable[[], None],
 ) -> dict[str, SparseTargets]:
-    """Targets of the chunk at `start`, by row key. Where memory runs out, the chunk starts over with forward
-    passes of half the tokens, and so do all after it, in this run and in one that goes on from it.
+    """Targets of the chunk at `start`, by row key; the chunk before is kept before the first of them counts. Where
+    memory runs out, the chunk starts over with forward passes of half the tokens, and so do all after it, in this run
+    and in one that goes on from it.
     """
     while True:
         budget = finished.forward_tokens(start, planned)
         scored = {}
         try:
             for i, row_targets in score_rows(teacher, rows, targets, budget):
+                keep_before()
                 scored[rows[i].key] = row_targets
                 meter.count(rows[i].key)
             return scored

@@ -1,8 +1,8 @@
 """Finished chunks of a capture under way: what a killed run goes on from.
 
 A chunk is a Parquet file with the schema of the capture, whole or absent, filed under the number of
-its first row; its footer says which rows it holds, their sums, and what they cost. When all are
-there they become one capture file, a row group each.
+its first row and how many there are; its footer says which rows it holds, their sums, and what they
+cost. When all are there they become one capture file, a row group each.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.encode import EncodedRow
-from distill_assets.foundation.errors import CaptureError
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import capture_schema, older_schema, to_arrow
 from distill_assets.teacher_capture.sealed import SEAL, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
-from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats, reading
+from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats, WithoutDamaged, reading
 
-CHUNK_BATCHES = 32  # forward passes in one chunk, which is the most a kill can cost, and one row group
+CHUNK_BATCHES = 32  # forward passes in one chunk: the most of the finished ones that a kill can cost, and a row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
 _FOOTER = b"distill_chunk"
 SHORT_LIVED = 1  # level of zstd for files that live as long as the capture is under way
@@ -216,20 +215,18 @@ class ChunkFolder:
         self._identity = identity
 
     def _file(self, chunk: Chunk) -> Path:
-        return self.folder / f"{chunk.start:09d}.parquet"
+        # With the number of its rows: one that was planned for larger passes is not written over by a smaller one.
+        return self.folder / f"{chunk.start:09d}-{len(chunk.rows)}.parquet"
 
     def files(self) -> list[Path]:
         return [path for path in sorted(self.folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
 
     def is_finished(self, chunk: Chunk) -> bool:
         """Whether these very rows were finished before, undamaged to the last byte."""
-        try:
-            with reading_chunk(self._file(chunk)) as (said, parquet):
-                table = parquet.read()
-        except CaptureError:
-            return False
-        known = [self._schema, older_schema(self._schema)]
-        return said.rows == chunk.fingerprint and any(map(table.schema.equals, known))
+        with WithoutDamaged(), reading_chunk(self._file(chunk)) as (said, parquet):
+            known = [self._schema, older_schema(self._schema)]
+            return said.rows == chunk.fingerprint and any(map(parquet.read().schema.equals, known))
+        return False
 
     def _footer(self, chunk: Chunk) -> ChunkFooter:
         with reading_chunk(self._file(chunk)) as (said, _):
@@ -297,13 +294,14 @@ class ChunkWriter:
     into the capture file.
 
     `beside` the teacher: in a thread, one at a time, while the next one is computed; an error of the thread is
-    raised by the next call. Else at once, which takes less memory.
+    raised by the next call. Else at once, which takes less memory. What a kill costs is bounded by `keep`.
     """
 
     def __init__(self, folder: ChunkFolder, capture: CaptureFile, chunks: Sequence[Chunk], beside: bool) -> None:
         self._folder, self._capture, self._ahead = folder, capture, deque(chunks)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk-writer") if beside else None
-        self._writing: Future[None] | None = None
+        self._keeping: Future[pa.Table] | None = None  # into a file of its own
+        self._writing: Future[None] | None = None  # and then into the capture file
         self._keys: frozenset[str] = frozenset()
 
     def __enter__(self) -> ChunkWriter:
@@ -316,14 +314,17 @@ class ChunkWriter:
     def write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
         """Have a chunk written; waits while there is another one in hand."""
         if self._thread is None:
-            self._write(chunk, rows, cost, derived_from)
+            self._append(chunk, self._keep(chunk, rows, cost, derived_from))
             return
         self._wait()
         self._keys = frozenset(row.key for row in rows)
-        self._writing = self._thread.submit(self._write, chunk, rows, cost, derived_from)
+        self._keeping = keeping = self._thread.submit(self._keep, chunk, rows, cost, derived_from)
+        self._writing = self._thread.submit(lambda: self._append(chunk, keeping.result()))
 
-    def _write(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> None:
-        table = self._folder.write(chunk, rows, Figures.of(rows, cost), derived_from)
+    def _keep(self, chunk: Chunk, rows: Sequence[CapturedRow], cost: Cost, derived_from: Collection[str]) -> pa.Table:
+        return self._folder.write(chunk, rows, Figures.of(rows, cost), derived_from)
+
+    def _append(self, chunk: Chunk, table: pa.Table) -> None:
         self._append_up_to(chunk)
         self._ahead.popleft()
         self._capture.append(table)
@@ -333,10 +334,17 @@ class ChunkWriter:
         while self._ahead and self._ahead[0] is not chunk:
             self._capture.append(self._folder.table(self._ahead.popleft()))
 
+    def keep(self) -> None:
+        """Wait until a kill does not cost the chunk in hand: before anything of the next one is finished, so that it
+        never costs more than one.
+        """
+        if self._keeping is not None:
+            self._keeping.result()
+
     def finish(self, keys: Collection[str]) -> None:
-        """Wait for the chunk in hand if it holds one of `keys`."""
+        """Wait until the chunk in hand can be read if it holds one of `keys`."""
         if not self._keys.isdisjoint(keys):
-            self._wait()
+            self.keep()
 
     def finish_all(self) -> None:
         """Wait until every chunk is in the capture file."""
@@ -346,4 +354,4 @@ class ChunkWriter:
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
-            self._writing, self._keys = None, frozenset()
+            self._keeping, self._writing, self._keys = None, None, frozenset()

@@ -16,12 +16,12 @@ from typing import Literal
 
 from distill_assets.dataset_shards.discover import Discovery, Shard
 from distill_assets.dataset_shards.encode import encode_shard
-from distill_assets.foundation.errors import CaptureError, DistillError
+from distill_assets.foundation.errors import CaptureError, CaptureOutOfReach, DistillError
 from distill_assets.foundation.files import PARTIAL
 from distill_assets.foundation.fingerprints import SHORT
 from distill_assets.teacher_capture.derive import sources
 from distill_assets.teacher_capture.identity import CaptureSpec
-from distill_assets.teacher_capture.reuse import captured_rows
+from distill_assets.teacher_capture.reuse import KeyIndex, captured_rows
 from distill_assets.teacher_capture.store import IMPORTED, LOCK, CaptureStore
 
 ItemKind = Literal["capture", "unfinished", "failure", "leftover", "stranger", "empty"]
@@ -127,15 +127,21 @@ class Needs:
         its files under this identity.
         """
         files: set[Path] = set()
-        here = [self._spec.capture_id, *sources(self._store, self._spec)] if self._uncaptured else []
-        captured = {capture_id: captured_rows(self._store, capture_id) for capture_id in here}
+        captured: list[KeyIndex] = []
+        if self._uncaptured:
+            here = [self._spec.capture_id]
+            try:
+                here += [source.capture_id for source in sources(self._store, self._spec)]
+                captured = [captured_rows(self._store, capture_id) for capture_id in here]
+            except CaptureOutOfReach:  # what it holds may be needed, and so may all else that holds rows
+                return {path for capture_id in self._store.capture_ids() for path in self._store.reusable(capture_id)}
         for shard in self._uncaptured:
             try:
                 keys = {row.key for row in encode_shard(shard, self._spec.encoder).rows}
             except DistillError:
                 unreadable = unreadable | {shard.key}
                 continue
-            files |= {path for rows in captured.values() for at in rows.places(keys).values() for path, _ in at}
+            files |= {path for rows in captured for at in rows.places(keys).values() for path, _ in at}
         own_files = self._store.files(self._spec.capture_id)
         return files | {path for (key, _), path in own_files.items() if key in unreadable}
 

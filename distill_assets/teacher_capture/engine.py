@@ -6,6 +6,7 @@ K = most ids kept, S = draws at a position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,9 +17,15 @@ import torch
 from torch import Tensor
 
 from distill_assets.dataset_shards.encode import EncodedRow, supervised_positions
-from distill_assets.foundation.devices import free_memory, is_out_of_memory
+from distill_assets.foundation.devices import free_memory, is_out_of_memory, sent
 from distill_assets.foundation.errors import CaptureError, OutOfMemory
-from distill_assets.foundation.language_model import head_rows, hidden_states, is_plain
+from distill_assets.foundation.language_model import (
+    head_device,
+    head_rows,
+    hidden_states,
+    is_plain,
+    turning_length,
+)
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.drawn_targets import drawn_targets
 from distill_assets.teacher_capture.draws import draws_per_position, row_bits
@@ -29,13 +36,13 @@ from distill_assets.teacher_capture.top_k import MOST_ROWS, top_k_targets
 _Work = TypeVar("_Work")
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, apart_at: float = math.inf) -> list[list[int]]:
     """Row indices in batches of at most `batch_tokens` padded tokens, longest rows first.
 
     Of all ways to cut the rows, sorted by length, into batches, the one that costs least: padded tokens,
     and 1/32 of the budget for each forward pass (measured on a CPU: 37 tokens with passes of 1,024). Longest
     first, because an out-of-memory then shows in the first batch. A row longer than the budget is a batch
-    of its own. The plan depends on the lengths alone.
+    of its own. No batch has both rows of more than `apart_at` tokens and others. The plan depends on the lengths alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     length_R = np.array([lengths[i] for i in order], dtype=np.int64)
@@ -47,6 +54,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         padded = length_R[starts] * (stop - starts)
         costs = cost_R1[starts] + padded + batch_tokens / 32
         costs[(padded > batch_tokens) & (stop - starts > 1)] = np.inf
+        costs[(length_R[starts] > apart_at) & (length_R[stop - 1] <= apart_at)] = np.inf
         best = int(costs.argmin())
         cost_R1[stop], first_R1[stop] = costs[best], starts[best]
     batches: list[list[int]] = []
@@ -67,7 +75,7 @@ def score_rows(
     when a batch does not fit.
     """
     ahead: _Launched | None = None
-    for batch in plan_batches([len(row.input_ids) for row in rows], batch_tokens):
+    for batch in plan_batches([len(row.input_ids) for row in rows], batch_tokens, turning_length(teacher.model)):
         here = [rows[i] for i in batch]
         launched = _within_memory(teacher, here, partial(_run_batch, teacher, batch, here, targets))
         if ahead is not None:
@@ -121,16 +129,23 @@ def _run_batch(
     positions = [supervised_positions(row) for row in rows]
     row_N = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in positions]))
     position_N = torch.from_numpy(np.concatenate(positions).astype(np.int64))
-
-    hidden_BTD = hidden_states(teacher.model, ids_BT.to(teacher.device))
-    device = hidden_BTD.device  # not the teacher's first one where its layers are spread over several
-    hidden_ND = hidden_BTD[row_N.to(device), position_N.to(device)]
-    del hidden_BTD
-    gold_N = ids_BT[row_N, position_N + 1].to(device)
-    parts: list[ScoredPositions]
+    bits_NS: Tensor | None = None
     if draws_per_position(targets):
         bits = [row_bits(row.key, targets, len(row_P)) for row, row_P in zip(rows, positions, strict=True)]
-        bits_NS = torch.from_numpy(np.concatenate(bits)).to(device)
+        bits_NS = torch.from_numpy(np.concatenate(bits))
+
+    # All that the head needs is sent before the body runs: from there on the host only asks, and can unpack the batch
+    # before while a GPU computes.
+    device = head_device(teacher.model)
+    gold_N = sent(ids_BT[row_N, position_N + 1], device)
+    row_N, position_N = sent(row_N, device), sent(position_N, device)
+    bits_NS = None if bits_NS is None else sent(bits_NS, device)
+    hidden_BTD = hidden_states(teacher.model, sent(ids_BT, teacher.device))
+    there = hidden_BTD.device  # another one where the layers are spread over several
+    hidden_ND = hidden_BTD[row_N.to(there), position_N.to(there)].to(device)
+    del hidden_BTD
+    parts: list[ScoredPositions]
+    if bits_NS is not None:
         parts = list(drawn_targets(teacher, hidden_ND, gold_N, targets, bits_NS))
     else:
         # A head that comes in one block is bounded by the rows it is asked for.

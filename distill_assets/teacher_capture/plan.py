@@ -84,8 +84,9 @@ class _Stored:
 
     @cached_property
     def rows_elsewhere(self) -> dict[str, KeyIndex]:
-        """Rows that can be derived from, by capture id."""
-        return {capture_id: captured_rows(self.store, capture_id) for capture_id in sources(self.store, self.spec)}
+        """Rows that can serve, by capture id."""
+        found = sources(self.store, self.spec)
+        return {source.capture_id: captured_rows(self.store, source.capture_id) for source in found}
 
 
 @dataclass(frozen=True)
@@ -173,15 +174,15 @@ def _plan_shard(shard: Shard, stored: _Stored, experience: _Experience, planned:
         if stored.store.is_pinned(shard.key):
             return _plan_copy(shard, state, reason, stored)
         encoded = encode_shard(shard, stored.spec.encoder)
+        rows = encoded.rows
+        keys = {row.key for row in rows}
+        missing = {key for key in keys if key not in stored.rows}
+        others = derivable(stored.rows_elsewhere, missing)
     except DistillError as error:
         return ShardPlan(shard.key, "failed", str(error), None, 0, 0)
-    rows = encoded.rows
     if encoded.bad_rows:
         reason = f"the last try failed: {reason}" if state == "failed" else reason
         reason += f"; {counted(len(encoded.bad_rows), 'bad row')} left out"
-    keys = {row.key for row in rows}
-    missing = {key for key in keys if key not in stored.rows}
-    others = derivable(stored.rows_elsewhere, missing)
     if others:
         reason += f"; {counted(len(others), 'row')} can be derived from {', '.join(sorted(set(others.values())))}"
     missing -= others.keys()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from distill_assets.foundation.errors import CaptureError
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
-from distill_assets.teacher_capture.store import UNFINISHED, CaptureStore, RowKey, read_row_group, read_row_keys
+from distill_assets.teacher_capture.store import (
+    UNFINISHED,
+    CaptureStore,
+    RowKey,
+    WithoutDamaged,
+    read_row_group,
+    read_row_keys,
+)
 
 Place = tuple[Path, int]  # a file and its row group
 
@@ -18,26 +24,30 @@ class KeyIndex:
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[tuple[int, int], list[RowKey]]] = {}
-        self._places: dict[str, set[Place]] = {}
+        self._places: dict[str, tuple[Place, ...]] = {}
 
     def look_at(self, paths: Collection[Path]) -> None:
         """Take in files that are new or were replaced, and forget those that are gone."""
         signatures = {}
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # another process finished its capture
+            with suppress(FileNotFoundError):  # another process finished its capture
                 stat = path.stat()
                 signatures[path] = (stat.st_mtime_ns, stat.st_size)
         gone = [path for path, (signature, _) in self._files.items() if signatures.get(path) != signature]
         for path in gone:
             for row in self._files.pop(path)[1]:
-                if places := self._places.get(row.key):
-                    places.discard((path, row.row_group))
-                    if not places:
-                        del self._places[row.key]
+                if left := tuple(place for place in self._places.pop(row.key, ()) if place[0] != path):
+                    self._places[row.key] = left
         for path in signatures.keys() - self._files.keys():
-            self._files[path] = (signatures[path], _keys_or_none(path))
+            self._files[path] = (signatures[path], _keys_if_whole(path))
+            alone: dict[int, tuple[Place, ...]] = {}  # one for all rows of a group: there may be millions
             for row in self._files[path][1]:
-                self._places.setdefault(row.key, set()).add((path, row.row_group))
+                here = alone.setdefault(row.row_group, ((path, row.row_group),))
+                before = self._places.get(row.key, ())
+                if not before:
+                    self._places[row.key] = here
+                elif here[0] not in before:
+                    self._places[row.key] = before + here
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -52,12 +62,11 @@ def _last_chunks(place: Place) -> tuple[bool, Place]:
     return place[0].parent.name.startswith(UNFINISHED), place
 
 
-def _keys_or_none(path: Path) -> list[RowKey]:
+def _keys_if_whole(path: Path) -> list[RowKey]:
     """A damaged file offers nothing to reuse; whoever needs the file itself hears of it."""
-    try:
+    with WithoutDamaged():
         return read_row_keys(path)
-    except CaptureError:
-        return []
+    return []
 
 
 _indexes: dict[Path, KeyIndex] = {}
@@ -89,6 +98,6 @@ def targets_at(places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[Path, S
             if key not in found and choice < len(held_at):
                 keys_at.setdefault(held_at[choice], set()).add(key)
         for (path, group), keys in sorted(keys_at.items()):
-            with contextlib.suppress(CaptureError):
+            with WithoutDamaged():
                 found.update({row.key: (path, row.targets) for row in read_row_group(path, group, keys)})
     return found

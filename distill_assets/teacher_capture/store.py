@@ -10,6 +10,7 @@ serves rows of the other.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -29,9 +30,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distill_assets.dataset_shards.discover import Shard
-from distill_assets.foundation.errors import CaptureError, EditedImport, PinnedCapture, first_line
+from distill_assets.foundation.errors import (
+    CaptureError,
+    CaptureOutOfReach,
+    EditedImport,
+    PinnedCapture,
+    first_line,
+)
 from distill_assets.foundation.files import PARTIAL, replacing, write_json
 from distill_assets.foundation.fingerprints import SHORT
+from distill_assets.foundation.memory import memory_ran_out
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import (
     NOT_LEARNT_FROM,
@@ -55,6 +63,10 @@ LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 # What readers of Parquet, and of the JSON in it, raise on bytes that nobody wrote.
 _UNREADABLE = (OSError, pa.ArrowException, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# What the system says of files that may be whole: rights, too many open files, a disk or a server that does not answer.
+_OUT_OF_REACH = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN}
+)
 _SETTLED_NS = 2_000_000_000  # a folder's time of change may be this coarse
 
 
@@ -124,7 +136,7 @@ def read_capture(path: Path) -> Capture:
     try:
         stat = path.stat()
     except OSError as error:
-        raise CaptureError(f"{path}: damaged or unreadable ({error}); `distill run` makes it again") from error
+        raise unreadable(path, error, "`distill run` makes it again") from error
     return _read_capture(path, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
 
 
@@ -148,16 +160,33 @@ def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Captur
         )
 
 
-def damaged(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
+def unreadable(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
     """What to say of a capture file that cannot be read. Nobody here could make an imported one again."""
+    if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
+        return CaptureOutOfReach(
+            f"{path}: cannot be read now ({error.strerror}), and may be whole; mend that, or move it out of captures/"
+        )
     mend = IMPORT_AGAIN if path.parent.name == IMPORTED else remedy
     return CaptureError(f"{path}: damaged or unreadable ({first_line(error)}); {mend}")
+
+
+class WithoutDamaged:
+    """Goes on after a block that met a damaged capture, as if what it holds were not there. Not after one that is out
+    of reach: the teacher would be paid again for what is there.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        return isinstance(error, CaptureError) and not isinstance(error, CaptureOutOfReach)
 
 
 @contextmanager
 def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.ParquetFile]:
     """The one way to read a file of captured rows; CaptureError when it is damaged, whatever the block, which does
-    nothing but read, meets in it. A capture has the columns and the number of rows that its footer says.
+    nothing but read, meets in it; CaptureOutOfReach when the system does not give it; what says that memory ran out as
+    it is. A capture has the columns and the number of rows that its footer says.
     """
     try:
         with opened(path) as file:
@@ -171,7 +200,9 @@ def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.
                     raise ValueError("its columns are not those of its target settings")
             yield file
     except _UNREADABLE as error:
-        raise damaged(path, error, remedy) from error
+        if memory_ran_out(error):
+            raise
+        raise unreadable(path, error, remedy) from error
 
 
 @lru_cache(maxsize=64)
@@ -197,7 +228,7 @@ def read_rows(path: Path, to_learn_from: bool = False, only: NDArray[np.int32] |
         return from_arrow(table if only is None else table.take(pa.array(only)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowKey:
     """A captured row by name, with its training weight, the row group that holds it, a hash of the weights of its
     positions ("" without), and how often an epoch a student is to see it.
@@ -218,7 +249,7 @@ def read_row_keys(path: Path) -> list[RowKey]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise CaptureError(f"{path}: cannot be read ({error.strerror}); run again") from error
+        raise unreadable(path, error, "run again") from error
     return _row_keys(path, stat.st_mtime_ns, stat.st_size)
 
 
@@ -365,6 +396,8 @@ class CaptureStore:
         for path in [own] if own in paths else paths:
             try:
                 found.append(read_capture(path))
+            except CaptureOutOfReach:
+                raise
             except CaptureError as error:
                 raise PinnedCapture(f"shard {shard.key} was imported, but {path} is damaged; {IMPORT_AGAIN}") from error
         return [capture for capture in found if capture.version == shard.version]

@@ -5,7 +5,7 @@ Legend: N = chosen positions, K = most ids kept, S = tail samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,13 +21,14 @@ from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype
 from distill_assets.foundation.tokenizers import TokenIds, load_tokenizer
 
-_turn = Turn()  # of the teacher that is loaded
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher. `unused` are ids below `n_real` that no token has; they take no mass."""
+    """A loaded teacher. `unused` are ids below `n_real` that no token has, ascending, on the host; they take no
+    mass.
+    """
 
     model: PreTrainedModel
     n_real: int
@@ -39,28 +40,28 @@ class Teacher:
 
 
 @contextmanager
-def teacher_in_turn(weights: Weights, dtype: Dtype, device: str) -> Iterator[Teacher]:
+def teacher_in_turn(
+    weights: Weights, dtype: Dtype, device: str, on_wait: Callable[[str], None] = lambda said: None
+) -> Iterator[Teacher]:
     """The teacher on a device that is ours meanwhile.
 
     Where `device` leaves a choice of CUDA devices, one is leased, so that runs at the same time take one
     each; a teacher that does not fit into one is spread over all of them. It stays loaded, and the device
-    leased, until `release_teacher`.
+    leased, until `release_teacher`, or until another process waits for it while it is not in use. `on_wait` is told
+    when others have all of them.
     """
     choices = cuda_choices(device)
-    if not choices:
-        yield load_teacher(weights, dtype, device)
-    elif fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices):
-        yield load_teacher(weights, dtype, _turn.take((weights, dtype), choices) or device)
-    else:
-        _turn.take((weights, dtype), choices, every=True)
-        yield load_teacher(weights, dtype, device, spread=True)
+    spread = bool(choices) and not fits_one(weights.folder.n_parameters() * _BYTES[dtype], choices)
+    with _turn.taken((weights, dtype), choices, every=spread, on_wait=on_wait) as leased:
+        yield (
+            load_teacher(weights, dtype, device, spread=True)
+            if spread
+            else load_teacher(weights, dtype, leased or device)
+        )
 
 
 def release_teacher() -> None:
     """Forget the loaded teacher and give its device back: a student needs the room."""
-    if load_teacher.cache_info().currsize:
-        load_teacher.cache_clear()
-        free_memory()
     _turn.give_back()
 
 
@@ -77,8 +78,17 @@ def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = Fal
     if weights.folder.stamp() != weights.stamp:
         raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
     n_real = min(ids.n_real, head_width(model))  # a narrower head is refused by the tokenizer check
-    unused = torch.tensor([i for i in ids.unused if i < n_real], dtype=torch.int64, device=target)
+    unused = torch.tensor(sorted(i for i in ids.unused if i < n_real), dtype=torch.int64)
     return Teacher(model=model, n_real=n_real, unused=unused)
+
+
+def _forget() -> None:
+    if load_teacher.cache_info().currsize:
+        load_teacher.cache_clear()
+        free_memory()
+
+
+_turn = Turn(let_go=_forget)  # of the teacher that is loaded
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,16 +81,55 @@ def test_a_cpu_leaves_no_choice() -> None:
 
 
 def test_a_device_stays_taken_until_it_is_given_back(tmp_path: Path) -> None:
-    turn = Turn(tmp_path)
-    assert turn.take("teacher", NAMES) == turn.take("teacher", NAMES) == "cuda:0"
+    unloaded: list[str] = []
+    turn = Turn(tmp_path, lambda: unloaded.append("teacher"))
+
+    def device_of(model: str) -> str | None:
+        with turn.taken(model, NAMES) as name:
+            return name
+
+    assert device_of("teacher") == "cuda:0"
+    unloaded.clear()
+    assert device_of("teacher") == "cuda:0" and not unloaded
     with holder(tmp_path) as other:
         assert taken_by(other) == "cuda:1"
         turn.give_back()
-        assert turn.take("another teacher", NAMES) == "cuda:0"
-    assert turn.take("teacher", NAMES) == "cuda:0"  # of the other teacher, given back for it
+        assert unloaded == ["teacher"] and device_of("another teacher") == "cuda:0"
+    unloaded.clear()
+    assert device_of("teacher") == "cuda:0" and unloaded  # of the other teacher, given back for it
     turn.give_back()
     with leased(NAMES, every=True, folder=tmp_path) as ours:
         assert ours is None
+
+
+@pytest.mark.parametrize("which", ["one", "every"])
+def test_a_device_that_is_not_in_use_goes_to_who_waits_for_it(tmp_path: Path, which: str) -> None:
+    """Whoever holds one may be waiting himself, for what the other has."""
+    turns = [Turn(tmp_path), Turn(tmp_path)]
+    with turns[0].taken("teacher", NAMES) as first, turns[1].taken("teacher", NAMES) as second:
+        assert [first, second] == NAMES
+        with holder(tmp_path, which) as waiting:
+            time.sleep(4.0)
+            assert waiting.poll() is None and not has_spoken(waiting), "they are in use"
+            waiting.kill()
+    with holder(tmp_path, which) as waiting:
+        assert taken_by(waiting) == ("None" if which == "every" else "cuda:0")
+    said: list[str] = []
+    with holder(tmp_path, "every") as other:
+        assert taken_by(other) == "None"
+
+        def end() -> None:
+            while not said:
+                time.sleep(0.05)
+            other.kill()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        with turns[0].taken("teacher", NAMES, on_wait=said.append) as name:
+            assert name == "cuda:0" and said == ["waits for cuda:0 or cuda:1, which other processes use"]
+        ending.join()
+    for turn in turns:
+        turn.give_back()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,14 @@ def test_a_hub_id_that_cannot_be_fetched_says_why(tmp_path: Path, name: str) -> 
         resolve_model(name, None, tmp_path)
 
 
+def test_weights_with_an_adapter_on_top_are_refused(copy: ModelFolder) -> None:
+    """transformers would load it too, and nothing of it is in the fingerprint."""
+    (copy.path / "adapter_config.json").write_text("{}")
+    for ask in (copy.weight_files, copy.stamp, lambda: fingerprint(copy.path)):
+        with pytest.raises(ModelError, match=r"adapter_config\.json.*merge the adapter"):
+            ask()
+
+
 def test_a_copied_folder_has_the_same_fingerprint(copy: ModelFolder, teacher_folder: Path) -> None:
     assert fingerprint(copy.path) == fingerprint(teacher_folder)
 

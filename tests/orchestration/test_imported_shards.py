@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -249,6 +251,29 @@ def test_an_import_belongs_to_its_content_whatever_the_shard_is_called(home: Pat
     (home / "shards" / "yours.jsonl").unlink()
     assert gone(False)[0] == [] and pinned.path.exists()
     assert gone(True)[0] == [pinned.path, pinned.path.parent] and not pinned.path.parent.exists()
+
+
+def test_shards_of_one_imported_content_share_its_examples(home: Path) -> None:
+    path = do_import(home, "mine").capture.path
+    shutil.copy(home / "shards" / "mine.jsonl", home / "shards" / "yours.jsonl")
+
+    def refreshed() -> tuple[dict[str, int], int]:
+        """Examples by shard, and how many the catalog has stored."""
+        pipeline = Pipeline(Home(home))
+        pipeline.refresh_catalog()
+        with duckdb.connect(pipeline.home.catalog, read_only=True) as catalog:
+            by_shard = catalog.execute("SELECT shard, count(*) FROM examples GROUP BY ALL").fetchall()
+            [(stored,)] = catalog.execute("SELECT count(*) FROM capture_examples").fetchall()
+        return dict(by_shard), stored
+
+    assert refreshed() == ({"mine": 3, "yours": 3}, 3)
+    do_import(home, "other", 2)
+    assert refreshed() == ({"mine": 3, "yours": 3, "other": 2}, 5) and problems(home) == []
+    for shard in ("mine", "yours"):
+        (home / "shards" / f"{shard}.jsonl").unlink()
+    refreshed()
+    assert path in [removal.path for removal in collect_garbage(Home(home), dry_run=False, imported=True).removed]
+    assert refreshed() == ({"other": 2}, 2)
 
 
 def test_a_damaged_import_is_mended_by_importing_it_again(home: Path) -> None:

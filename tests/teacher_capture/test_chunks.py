@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.foundation.progress import Progress
 from distill_assets.teacher_capture import arrow
 from distill_assets.teacher_capture.arrow import capture_schema, older_schema
 from distill_assets.teacher_capture.capture import capture_shard
-from distill_assets.teacher_capture.chunks import Chunk, ChunkFolder, Cost, Figures
+from distill_assets.teacher_capture.chunks import CHUNK_BATCHES, Chunk, ChunkFolder, Cost, Figures
 from distill_assets.teacher_capture.reuse import captured_rows
 from distill_assets.teacher_capture.sealed import sealed_writer
 from distill_assets.teacher_capture.store import read_rows
@@ -69,6 +72,55 @@ def test_a_chunk_of_an_older_schema_is_finished(bench: Bench, monkeypatch: pytes
     report = capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", force=force)
     assert (report.capture.stats.rows_captured, report.capture.stats.seconds) == (6, 0.5)  # as the chunk says
     assert pq.read_table(report.capture.path).equals(pq.read_table(undisturbed))
+
+
+def test_finished_chunks_outlive_a_run_with_smaller_ones(bench: Bench, tmp_path: Path) -> None:
+    """The first of the smaller begins where the larger one did."""
+    rows = tiny.example_rows(60)
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", rows)
+    scored: list[int] = []  # tokens of each run
+
+    class Killed(Exception):
+        pass
+
+    def run(batch_tokens: int, until: float) -> int:
+        """Rows captured, all in all, by a run that ends when so much of what it had to do is done."""
+        scored.append(0)
+
+        def listen(progress: Progress) -> None:
+            scored[-1] = progress.done
+            if progress.done > until * progress.total:
+                raise Killed
+
+        with suppress(Killed):
+            shard, options = bench.shards["s0"], {"device": "cpu", "batch_tokens": batch_tokens}
+            return capture_shard(bench.spec, shard, bench.store, on_progress=listen, **options).capture.stats.tokens
+        return 0
+
+    run(64, 0.9)
+    folder = bench.store.unfinished(bench.spec.capture_id, "s0", bench.shards["s0"].version)
+    before = {file.name: file.read_bytes() for file in folder.glob("*.parquet")}
+    assert before
+    run(8, 0.5)
+    assert before.items() <= {file.name: file.read_bytes() for file in folder.glob("*.parquet")}.items()
+    tokens = run(64, 1.0)
+    assert sum(scored) <= tokens + CHUNK_BATCHES * (64 + 8), "a chunk of each run that was ended"
+
+
+def test_nothing_of_a_chunk_is_finished_before_the_one_before_is_kept(bench: Bench) -> None:
+    """So a kill never costs more than one."""
+    tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", tiny.example_rows(200))
+    folder = bench.store.unfinished(bench.spec.capture_id, "s0", bench.shards["s0"].version)
+    lost: list[int] = []
+
+    def listen(progress: Progress) -> None:
+        kept = 0
+        for file in folder.glob("*.parquet"):
+            kept += json.loads(pq.read_metadata(file).metadata[b"distill_chunk"])["figures"]["tokens"]
+        lost.append(progress.done - kept)
+
+    capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", batch_tokens=64, on_progress=listen)
+    assert len(lost) == 200 and 32 * 48 < max(lost) <= CHUNK_BATCHES * 64
 
 
 @pytest.mark.parametrize("said", [b"rows_captured", b"support_q"])

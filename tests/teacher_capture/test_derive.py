@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill_assets.dataset_shards.discover import discover_shards
+from distill_assets.dataset_shards.encode import EncodedRow, encode_shard
 from distill_assets.foundation.progress import Progress
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.capture import CaptureReport, capture_shard
@@ -16,7 +17,7 @@ from distill_assets.teacher_capture.inspection import inspect_capture
 from distill_assets.teacher_capture.plan import ShardPlan, plan_capture
 from distill_assets.teacher_capture.store import read_rows
 from tests import tiny
-from tests.bench import Bench
+from tests.bench import Bench, edit, replace
 
 
 def home(folder: Path, teacher: Path, **targets: object) -> Bench:
@@ -25,6 +26,10 @@ def home(folder: Path, teacher: Path, **targets: object) -> Bench:
 
 def capture(bench: Bench, **options: object) -> CaptureReport:
     return capture_shard(bench.spec, bench.shards["s0"], bench.store, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def encoded(bench: Bench) -> tuple[EncodedRow, ...]:
+    return encode_shard(bench.shards["s0"], bench.spec.encoder).rows
 
 
 def planned(bench: Bench) -> ShardPlan:
@@ -118,11 +123,53 @@ def test_what_is_not_stored_is_captured(tmp_path: Path, teacher_folder: Path, wi
     assert capture(home(tmp_path / "home", teacher_folder, **wider)).capture.stats.rows_captured == 6
 
 
-def test_another_teacher_or_encoding_serves_nothing(tmp_path: Path, teacher_folder: Path) -> None:
-    capture(home(tmp_path / "home", teacher_folder, k=40))
+@pytest.mark.parametrize(
+    "targets",
+    [{"k": 8}, {"k": 8, "tail_samples": 2}, {"kind": "sampled", "samples": 9}, {"kind": "threshold", "tau": 0.1}],
+)
+def test_rows_that_other_data_settings_leave_alone_are_not_captured_again(
+    tmp_path: Path, teacher_folder: Path, targets: dict[str, object]
+) -> None:
+    longest = max(row.input_ids.size for row in encoded(home(tmp_path / "home", teacher_folder)))
+
+    def bench(name: str, max_length: int) -> Bench:
+        root = tiny.make_home(tmp_path / name, teacher_folder, shards=1, data={"max_length": max_length})
+        replace(root, targets=targets)
+        return Bench(root)
+
+    cut = sum(row.input_ids.size > longest - 1 for row in encoded(bench("home", longest)))
+    assert 0 < cut < 6
+    first = capture(bench("home", longest - 1)).capture
+    wider = bench("home", longest)
+    assert planned(wider).rows_to_capture == cut
+    assert f"{6 - cut} row" in planned(wider).reason and first.capture_id in planned(wider).reason
+    here = capture(wider).capture
+    assert (here.stats.rows_captured, here.derived_from) == (cut, ())
+    afresh = capture(bench("other", longest)).capture
+    assert here.capture_id == afresh.capture_id
+    for mine, theirs in zip(read_rows(here.path), read_rows(afresh.path), strict=True):
+        assert mine.key == theirs.key and mine.truncated == theirs.truncated
+        assert np.array_equal(mine.targets.support_ids_N, theirs.targets.support_ids_N)
+        assert np.allclose(mine.targets.support_logprobs_N, theirs.targets.support_logprobs_N, atol=1 / 16 + 1e-6)
+        assert (mine.targets.tail_sample_ids_PS is None) == (theirs.targets.tail_sample_ids_PS is None)
+        if mine.targets.tail_sample_ids_PS is not None:
+            assert np.array_equal(mine.targets.tail_sample_ids_PS, theirs.targets.tail_sample_ids_PS)
+
+
+def test_fewer_ids_of_them_are_not_either(tmp_path: Path, teacher_folder: Path) -> None:
+    source = capture(home(tmp_path / "home", teacher_folder, k=40)).capture
     bench = Bench(
-        tiny.make_home(tmp_path / "home", teacher_folder, shards=1, targets={"k": 3}, data={"max_length": 63})
+        tiny.make_home(tmp_path / "home", teacher_folder, shards=1, targets={"k": 3}, data={"max_length": 200})
     )
+    derived = capture(bench).capture
+    assert 0 < source.stats.truncated_rows < 6
+    assert (derived.stats.rows_captured, derived.derived_from) == (source.stats.truncated_rows, (source.capture_id,))
+
+
+def test_another_dtype_serves_nothing(tmp_path: Path, teacher_folder: Path) -> None:
+    capture(home(tmp_path / "home", teacher_folder, k=40))
+    bench = home(tmp_path / "home", teacher_folder, k=3)
+    edit(bench.home.root, teacher={"dtype": "bfloat16"})
     assert capture(bench).capture.stats.rows_captured == 6
 
 

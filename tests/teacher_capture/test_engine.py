@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from distill_assets.dataset_shards.encode import EncodedRow
@@ -129,6 +130,51 @@ def test_batches_fit_the_budget_and_hold_every_row_once() -> None:
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or longest * len(batch) <= 64
     assert batches[0] == [6]  # the longest first, alone because it is over the budget
+
+
+def test_a_head_that_is_fetched_when_it_is_called_gives_the_same(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As accelerate leaves what does not fit on any device: its weights are nowhere in between."""
+    teacher = load(tiny.save_model(tmp_path / "untied", tokenizer, tie_word_embeddings=False))
+    expected = score(teacher, ROWS)
+    dispatch_model(teacher.model, {"model": "cpu", "lm_head": "disk"}, main_device="cpu", offload_dir=tmp_path / "head")
+    assert teacher.model.get_output_embeddings().weight.device.type == "meta"
+    for a, b in zip(score(teacher, ROWS), expected, strict=True):
+        assert np.array_equal(a.support_ids_N, b.support_ids_N)
+        assert np.allclose(a.support_logprobs_N, b.support_logprobs_N, atol=1e-5)
+    load_teacher.cache_clear()
+
+
+def test_rows_are_not_beside_others_whose_length_would_turn_them() -> None:
+    lengths = [20, 3, 11, 9, 10, 2, 30]
+    batches = plan_batches(lengths, 64, apart_at=10)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len({lengths[i] > 10 for i in batch}) == 1
+    assert any(len(batch) > 1 for batch in batches)
+
+
+def test_a_teacher_that_turns_long_rows_otherwise_gives_each_row_what_it_gets_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As Phi-3 does from 4,096 tokens on; this one from 8."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    teacher = load(tiny.save_model(tmp_path / "turning", tokenizer, rope_parameters=rope))
+    together, alone = score(teacher, ROWS, 512, k=320), [score(teacher, [one], k=320)[0] for one in ROWS]
+    for a, b in zip(together, alone, strict=True):
+        assert np.allclose(a.entropy_P, b.entropy_P, atol=1e-4) and np.allclose(
+            a.gold_logprob_P, b.gold_logprob_P, atol=1e-4
+        )
+    mixed = np.zeros((2, 40), dtype=np.int64)
+    mixed[0], mixed[1, :6] = ROWS[3].input_ids, ROWS[0].input_ids
+    with torch.no_grad():
+        beside = teacher.model(torch.from_numpy(mixed)).logits[1, :5].log_softmax(-1).amax(-1).numpy()
+    assert np.abs(beside - alone[0].support_logprobs_N[alone[0].offsets_P1[:-1]]).max() > 1e-3, (
+        "the fixture must need it"
+    )
+    load_teacher.cache_clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
