@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import getpass
 import os
+import random
 import tempfile
 import threading
 import time
@@ -50,8 +51,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device. A GPU takes it when its turn comes: the host does not wait for what is before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor on a device. A GPU takes one of the host when its turn comes: the host waits for nothing."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def cuda_choices(name: str) -> list[str]:
@@ -116,22 +119,27 @@ def _first_free(names: Sequence[str], folder: Path, stack: ExitStack, on_wait: C
 
 
 def _somebody_waits(folder: Path) -> bool:
-    """Whether a process waits for devices that others have leased."""
-    try:
-        with FileLock(folder / _WAITING).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+    """Whether a process waits for devices that others have leased. Who asks the same holds its lock for a moment."""
+    for _ in range(3):
+        try:
+            with FileLock(folder / _WAITING).acquire(timeout=0):
+                return False
+        except Timeout:
+            time.sleep(random.uniform(0.01, 0.1))
+        except OSError:
+            return False  # asked again soon
+    return True
 
 
 class Turn:
     """Devices that stay leased between uses, as long as what is loaded on them stays there.
 
     While nothing uses them, a thread gives them back as soon as another process waits for one: whoever holds one may
-    himself be waiting for what that process has. `let_go` is called before they go back, to unload what is there.
+    himself be waiting for what that process has. `let_go` is called before they go back, to unload what is there, and
+    says whether nothing holds on to it any more: until then they stay here, unless they are given back.
     """
 
-    def __init__(self, folder: Path = LOCKS, let_go: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path = LOCKS, let_go: Callable[[], bool] = lambda: True) -> None:
         self._folder, self._let_go = folder, let_go
         self._in_use = threading.RLock()
         self._stack = ExitStack()
@@ -171,7 +179,7 @@ class Turn:
             with self._in_use:
                 if self._held is not held:
                     return
-                if _somebody_waits(self._folder):
+                if _somebody_waits(self._folder) and self._let_go():
                     self.give_back()
                     return
 

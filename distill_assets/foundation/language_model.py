@@ -296,8 +296,7 @@ def real_logits(model: PreTrainedModel, hidden_ND: Tensor, n_real: int, unused: 
     """Float32 logits [N, V] over real ids: the head's padding cut off, ids without a token at NEVER."""
     logits_NV = head_logits(model, hidden_ND)[:, :n_real].float()
     if unused is not None and unused.numel():
-        here = unused if unused.device == logits_NV.device else sent(unused, logits_NV.device)
-        logits_NV = logits_NV.index_fill(1, here, NEVER)
+        logits_NV = logits_NV.index_fill(1, sent(unused, logits_NV.device), NEVER)
     return logits_NV
 
 

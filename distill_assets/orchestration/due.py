@@ -22,6 +22,8 @@ def due(instance: dg.DagsterInstance, states: AssetStates, asset: str) -> Due | 
         return None
     if asset == "teacher_capture":
         usable = states.pipeline.shards.keys() & set(states.pipeline.uncaptured)
+        if usable:  # what fails for a capture that is out of reach would not be tried again once it is back
+            states.pipeline.store.require_in_reach(states.pipeline.spec.capture_id)
         return {key: _attempt(states, key) for key in sorted(usable)}
     return {UNPARTITIONED: states.data_version(asset)} if needs_run(instance, states, asset) else {}
 

@@ -18,7 +18,14 @@ from distill_assets.capture_catalog.refresh import CatalogEntry, CatalogReport, 
 from distill_assets.capture_catalog.refresh import refresh_catalog as build_catalog
 from distill_assets.dataset_shards.discover import Discovery, Shard, discover_shards, place_of_shard
 from distill_assets.dataset_shards.sample import sample_texts
-from distill_assets.foundation.errors import CaptureError, PinnedCapture, SettingsError, StaleInputs, TrainingError
+from distill_assets.foundation.errors import (
+    CaptureError,
+    CaptureOutOfReach,
+    PinnedCapture,
+    SettingsError,
+    StaleInputs,
+    TrainingError,
+)
 from distill_assets.foundation.files import write_json
 from distill_assets.foundation.home import Home
 from distill_assets.foundation.model_folders import ModelFolder, resolve_model
@@ -198,8 +205,10 @@ class Pipeline:
         raise StaleInputs(f"shard {shard.key} has no current capture; `distill run` captures it")
 
     def capture_id_of(self, shard: Shard) -> str:
-        """The identity a current capture of this shard has: its own where it was imported, else the home's."""
-        with suppress(PinnedCapture):
+        """The identity a current capture of this shard has: its own where it was imported, and that can be read, else
+        the home's.
+        """
+        with suppress(PinnedCapture, CaptureOutOfReach):
             if pinned := self.store.pinned(self.spec, shard):
                 return pinned.capture_id
         return self.spec.capture_id

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill_assets.foundation.language_model import forward_batch_tokens, hidden_states
+from distill_assets.foundation.language_model import forward_batch_tokens, hidden_states, turning_length
 from distill_assets.foundation.progress import Progress, ProgressListener
 from distill_assets.teacher_capture.engine import plan_batches
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
@@ -25,7 +25,7 @@ def batches(
 ) -> list[list[int]]:
     """The rows numbered `among` in batches that suit the model's device, unless `batch_tokens` says otherwise."""
     budget = batch_tokens or forward_batch_tokens(model.device)
-    plan = plan_batches([len(rows[i].input_ids) for i in among], budget)
+    plan = plan_batches([len(rows[i].input_ids) for i in among], budget, turning_length(model))
     return [[among[j] for j in batch] for batch in plan]
 
 

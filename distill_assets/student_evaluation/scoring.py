@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill_assets.foundation.errors import IncompatibleTokenizers, TrainingError
-from distill_assets.foundation.language_model import head_rows, head_width, real_logits
+from distill_assets.foundation.language_model import head_device, head_rows, head_width, real_logits
 from distill_assets.foundation.progress import ProgressListener, ignore_progress
 from distill_assets.student_evaluation.calibration import (
     TEMPERATURES,
@@ -98,7 +98,8 @@ def score_model(
     """
     _require_vocabulary(model, rows, vocabulary, name)
     model.eval()
-    unused = torch.tensor(vocabulary.unused, dtype=torch.int64, device=model.device)
+    device = head_device(model)
+    unused = torch.tensor(vocabulary.unused, dtype=torch.int64, device=device)
     halves = [[i for i, row in enumerate(rows) if is_fitted_on(row.key) is fitted] for fitted in (True, False)]
     plans = [batches(model, rows, half, batch_tokens) for half in halves]
     n_fitting = len(plans[0])
@@ -122,8 +123,8 @@ def score_model(
             part = slice(start, start + chunk_rows)
             logits_NV = real_logits(model, states_ND[part], vocabulary.n_real, unused)
             if number < n_fitting:
-                nll_H += nll_by_temperature(logits_NV, outcomes.gold_N[part].to(model.device))
-            teacher_NV = None if dense is None or is_teacher else dense.logprobs(index_N[part], model.device)
+                nll_H += nll_by_temperature(logits_NV, outcomes.gold_N[part].to(device))
+            teacher_NV = None if dense is None or is_teacher else dense.logprobs(index_N[part], device)
             scored.append(_score(logits_NV, outcomes.at(part), teacher_NV, temperature))
         _require_finite(_joined(scored), batch_rows, name)
         parts += scored

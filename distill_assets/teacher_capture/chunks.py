@@ -24,13 +24,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.encode import EncodedRow
-from distill_assets.foundation.files import PARTIAL, replacing, write_json
+from distill_assets.foundation.files import replacing, write_json
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import capture_schema, older_schema, to_arrow
 from distill_assets.teacher_capture.sealed import SEAL, sealed_writer
 from distill_assets.teacher_capture.sparse_targets import CapturedRow, weighting
-from distill_assets.teacher_capture.store import FOOTER, CaptureFile, CaptureStats, WithoutDamaged, reading
+from distill_assets.teacher_capture.store import (
+    FOOTER,
+    CaptureFile,
+    CaptureStats,
+    WithoutDamaged,
+    finished_files,
+    reading,
+    unreadable,
+)
 
 CHUNK_BATCHES = 32  # forward passes in one chunk: the most of the finished ones that a kill can cost, and a row group
 WINDOW_TOKENS = 524_288  # tokens of the chunks whose targets are in memory at once: 0.3 GB with 64 ids a position
@@ -192,10 +200,17 @@ def reading_chunk(file: Path) -> Iterator[tuple[ChunkFooter, pq.ParquetFile]]:
 
 
 def told_identity(folder: Path) -> Mapping[str, Any] | None:
-    """The capture identity that a folder of finished chunks belongs to, or None where it does not say."""
+    """The capture identity that a folder of finished chunks belongs to, or None where it does not say;
+    CaptureOutOfReach where nobody can tell.
+    """
+    file = folder / _IDENTITY
     try:
-        told = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except ValueError:
         return None
     return told if isinstance(told, dict) and "targets" in told else None
 
@@ -219,7 +234,7 @@ class ChunkFolder:
         return self.folder / f"{chunk.start:09d}-{len(chunk.rows)}.parquet"
 
     def files(self) -> list[Path]:
-        return [path for path in sorted(self.folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
+        return finished_files(self.folder)
 
     def is_finished(self, chunk: Chunk) -> bool:
         """Whether these very rows were finished before, undamaged to the last byte."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from distill_assets.dataset_shards.discover import Shard
 from distill_assets.dataset_shards.encode import EncodedRow, EncodedShard, place_in
-from distill_assets.foundation.errors import CaptureError, PinnedCapture
+from distill_assets.foundation.errors import CaptureError, CaptureOutOfReach, PinnedCapture
 from distill_assets.foundation.fingerprints import digest
 from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.arrow import to_arrow
@@ -152,6 +152,8 @@ def _imports(spec: CaptureSpec, shard: Shard, store: CaptureStore) -> list[Captu
             continue
         try:
             capture = read_capture(path)
+        except CaptureOutOfReach:
+            raise
         except CaptureError:
             damaged.append(path)
             continue

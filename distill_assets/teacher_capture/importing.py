@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from distill_assets.dataset_shards.read import count_lines, read_json_lines
 from distill_assets.dataset_shards.rows import BadRow
-from distill_assets.foundation.errors import CaptureError, InterchangeError
+from distill_assets.foundation.errors import InterchangeError
 from distill_assets.foundation.files import PARTIAL, replacing
 from distill_assets.foundation.fingerprints import content_hash, digest
 from distill_assets.foundation.progress import Progress, ProgressListener, ignore_progress
@@ -34,7 +34,7 @@ from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.imported import ImportedContent, content_of
 from distill_assets.teacher_capture.inspection import capture_row_groups, inspect_capture
 from distill_assets.teacher_capture.sparse_targets import CapturedRow
-from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, read_capture
+from distill_assets.teacher_capture.store import IMPORTED, Capture, CaptureStore, WithoutDamaged, read_capture
 
 CHUNK_NUMBERS = 1 << 19  # tokens and kept ids of the rows in memory at once, which are one row group
 LINES_A_REPORT = 256  # of progress
@@ -80,7 +80,7 @@ def import_jsonl(
     positions than they stand at, and when other content is there already, unless `replace`; UnreadableFile
     when `source` is gone or damaged. Then nothing changed. A capture of this content that is damaged is replaced;
     with `replace` the capture is written anew in any case, for some damage only the catalog knows of.
-    At most `chunk_numbers` numbers, and those of one row, are in memory at once.
+    At most `chunk_numbers` numbers, and those of one row, are in memory at once, beside a key and a hash for each row.
     """
     if spec.targets.kind != "top_k":
         raise InterchangeError(
@@ -142,10 +142,9 @@ def _imported_before(path: Path, capture_id: str) -> Capture | None:
     """The capture at `path`. Of what is to be imported now it must be whole, read to its last byte: else it is
     none, and made again.
     """
-    try:
+    found = None
+    with WithoutDamaged():
         found = read_capture(path) if path.exists() else None
-    except CaptureError:
-        return None
     if found and found.capture_id == capture_id and any(inspect_capture(path, n_ids=None)):
         return None
     return found

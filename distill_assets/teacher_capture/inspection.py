@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_assets.dataset_shards.encode import row_key
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, CaptureOutOfReach
 from distill_assets.foundation.fingerprints import SHORT, digest
 from distill_assets.foundation.problems import ProblemKind
 from distill_assets.teacher_capture.arrow import from_arrow
@@ -36,6 +36,7 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
     """What is wrong with a capture file, each in a few words. Ids must be below `n_ids`, where that is known.
 
     A file that cannot be read, or whose rows are wrong, is one problem: the first that is found.
+    CaptureOutOfReach where nobody can tell.
     """
     try:
         capture = read_capture(path)
@@ -51,6 +52,8 @@ def inspect_capture(path: Path, n_ids: int | None) -> Iterator[tuple[ProblemKind
             parts.append(Figures.of(rows, Cost(0, 0, 0.0)))
         if reason := statistics_problem(capture, parts):
             raise CaptureError(reason)
+    except CaptureOutOfReach:
+        raise
     except CaptureError as error:
         yield "damaged", str(error).removeprefix(f"{path}: ").partition("; ")[0]
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from distill_assets.teacher_capture.sparse_targets import SparseTargets
@@ -14,6 +13,7 @@ from distill_assets.teacher_capture.store import (
     WithoutDamaged,
     read_row_group,
     read_row_keys,
+    unreadable,
 )
 
 Place = tuple[Path, int]  # a file and its row group
@@ -30,9 +30,13 @@ class KeyIndex:
         """Take in files that are new or were replaced, and forget those that are gone."""
         signatures = {}
         for path in paths:
-            with suppress(FileNotFoundError):  # another process finished its capture
+            try:
                 stat = path.stat()
-                signatures[path] = (stat.st_mtime_ns, stat.st_size)
+            except FileNotFoundError:  # another process finished its capture
+                continue
+            except OSError as error:
+                raise unreadable(path, error) from error
+            signatures[path] = (stat.st_mtime_ns, stat.st_size)
         gone = [path for path, (signature, _) in self._files.items() if signatures.get(path) != signature]
         for path in gone:
             for row in self._files.pop(path)[1]:

@@ -34,6 +34,7 @@ from distill_assets.foundation.errors import (
     CaptureError,
     CaptureOutOfReach,
     EditedImport,
+    OutOfMemory,
     PinnedCapture,
     first_line,
 )
@@ -63,10 +64,9 @@ LOCK = ".lock-"
 _TOOLS = ("distill_assets", "torch", "transformers", "pyarrow")
 # What readers of Parquet, and of the JSON in it, raise on bytes that nobody wrote.
 _UNREADABLE = (OSError, pa.ArrowException, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# What the system says of files that may be whole: rights, too many open files, a disk or a server that does not answer.
-_OUT_OF_REACH = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN}
-)
+# What the system says of a file that is not there. All else it says (rights, too many open files, a disk or a server
+# that does not answer) may be said of one that is whole; of what is in a file, libraries complain without a number.
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL})
 _SETTLED_NS = 2_000_000_000  # a folder's time of change may be this coarse
 
 
@@ -162,7 +162,7 @@ def _read_capture(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> Captur
 
 def unreadable(path: Path, error: Exception, remedy: str = "delete it and run again") -> CaptureError:
     """What to say of a capture file that cannot be read. Nobody here could make an imported one again."""
-    if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in _NOT_THERE:
         return CaptureOutOfReach(
             f"{path}: cannot be read now ({error.strerror}), and may be whole; mend that, or move it out of captures/"
         )
@@ -185,8 +185,8 @@ class WithoutDamaged:
 @contextmanager
 def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.ParquetFile]:
     """The one way to read a file of captured rows; CaptureError when it is damaged, whatever the block, which does
-    nothing but read, meets in it; CaptureOutOfReach when the system does not give it; what says that memory ran out as
-    it is. A capture has the columns and the number of rows that its footer says.
+    nothing but read, meets in it; CaptureOutOfReach when the system does not give it, OutOfMemory when there is no room
+    for it. A capture has the columns and the number of rows that its footer says.
     """
     try:
         with opened(path) as file:
@@ -201,7 +201,7 @@ def reading(path: Path, remedy: str = "delete it and run again") -> Iterator[pq.
             yield file
     except _UNREADABLE as error:
         if memory_ran_out(error):
-            raise
+            raise OutOfMemory(f"{path}: no memory left to read it; free some, and run again") from error
         raise unreadable(path, error, remedy) from error
 
 
@@ -302,6 +302,28 @@ class _Imports:
 _imports: dict[Path, tuple[int, _Imports]] = {}  # by folder: when it last changed, and what was in it then
 
 
+def _stat_of(path: Path) -> os.stat_result | None:
+    """None for what is not there; CaptureOutOfReach where nobody can tell."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def finished_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder that nobody is writing; CaptureOutOfReach where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):  # its capture was finished in this moment
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return [folder / name for name in names if name.endswith(".parquet") and not name.startswith(PARTIAL)]
+
+
 class CaptureStore:
     """Finds and writes the files below `captures/`. Holds no state of its own."""
 
@@ -334,7 +356,7 @@ class CaptureStore:
         footer another one.
         """
         path = self.path_of(capture_id, shard, version)
-        if not path.exists():
+        if _stat_of(path) is None:
             return None
         found = read_capture(path)
         if (found.capture_id, found.shard, found.version) != (capture_id, shard, version):
@@ -407,10 +429,9 @@ class CaptureStore:
         each.
         """
         folder = self.root / IMPORTED
-        try:
-            changed = folder.stat().st_mtime_ns
-        except OSError:
+        if (stat := _stat_of(folder)) is None:
             return _Imports(frozenset(), {})
+        changed = stat.st_mtime_ns
         if folder in _imports and _imports[folder][0] == changed:
             return _imports[folder][1]
         by_version: dict[str, tuple[Path, ...]] = {}
@@ -442,9 +463,18 @@ class CaptureStore:
         """Every file that holds captured rows: captures, and chunks of captures under way."""
         found = [*self.files(capture_id).values()]
         for folder in self.all_unfinished(capture_id):
-            with suppress(FileNotFoundError):  # its capture was finished in this moment
-                found += [path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith(PARTIAL)]
+            found += finished_files(folder)
         return found
+
+    def require_in_reach(self, capture_id: str) -> None:
+        """CaptureOutOfReach when a file that rows would be copied from cannot be opened."""
+        for path in self.reusable(capture_id):
+            try:
+                path.open("rb").close()
+            except FileNotFoundError:  # its capture was finished in this moment
+                continue
+            except OSError as error:
+                raise unreadable(path, error) from error
 
     @contextmanager
     def publishing(

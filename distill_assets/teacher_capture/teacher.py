@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from distill_assets.foundation.model_folders import Weights
 from distill_assets.foundation.settings import Dtype
 from distill_assets.foundation.tokenizers import TokenIds, load_tokenizer
 
+_loaded: WeakSet[PreTrainedModel] = WeakSet()
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -79,13 +81,17 @@ def load_teacher(weights: Weights, dtype: Dtype, device: str, spread: bool = Fal
         raise CaptureError(f"the weights in {weights.folder.path} were replaced under way; run again")
     n_real = min(ids.n_real, head_width(model))  # a narrower head is refused by the tokenizer check
     unused = torch.tensor(sorted(i for i in ids.unused if i < n_real), dtype=torch.int64)
+    _loaded.add(model)
     return Teacher(model=model, n_real=n_real, unused=unused)
 
 
-def _forget() -> None:
-    if load_teacher.cache_info().currsize:
-        load_teacher.cache_clear()
-        free_memory()
+def _forget() -> bool:
+    """Unload the teacher; whether it is gone: a frame that ends soon, or a traceback, may hold on to it."""
+    if not _loaded:
+        return True
+    load_teacher.cache_clear()
+    free_memory()
+    return not _loaded
 
 
 _turn = Turn(let_go=_forget)  # of the teacher that is loaded

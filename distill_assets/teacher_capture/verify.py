@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from distill_assets.foundation.errors import CaptureError
+from distill_assets.foundation.errors import CaptureError, CaptureOutOfReach
 from distill_assets.foundation.problems import FileListener, Problem
 from distill_assets.teacher_capture.chunks import reading_chunk
 from distill_assets.teacher_capture.contents import Item, Needs, contents
@@ -33,8 +33,11 @@ def verify_captures(
     for item in contents(store.root):
         if item.kind == "capture":
             on_file(item.path)
-            for kind, reason in inspect_capture(item.path, _n_ids(spec, item)):
-                yield Problem(kind, item.path, f"{reason}; {remedy_for(item, needs)}")
+            try:
+                for kind, reason in inspect_capture(item.path, _n_ids(spec, item)):
+                    yield Problem(kind, item.path, f"{reason}; {remedy_for(item, needs)}")
+            except CaptureOutOfReach as error:
+                yield Problem("damaged", item.path, str(error).removeprefix(f"{item.path}: "))
         elif item.kind == "stranger":
             yield Problem("orphaned", item.path, "nothing of ours; move it out of captures/")
         elif item.kind in _ORPHANS and item not in needs:

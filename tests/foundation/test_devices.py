@@ -6,7 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from distill_assets.foundation.devices import Turn, cuda_choices, is_out_of_memo
 
 HOLD = """
 import sys, time
+from functools import partial
 from pathlib import Path
 from distill_assets.foundation.devices import leased
-with leased(["cuda:0", "cuda:1"], every=sys.argv[2] == "every", folder=Path(sys.argv[1])) as name:
+options = {"every": sys.argv[2] == "every", "folder": Path(sys.argv[1]), "on_wait": partial(print, flush=True)}
+with leased(["cuda:0", "cuda:1"], **options) as name:
     print(name, flush=True)
     time.sleep(60)
 """
@@ -59,7 +60,8 @@ def test_who_needs_all_devices_waits_for_all(tmp_path: Path) -> None:
     with holder(tmp_path) as first:
         assert taken_by(first) == "cuda:0"
         with holder(tmp_path, "every") as waiting:
-            time.sleep(4.0)
+            assert taken_by(waiting) == "waits for cuda:0, which other processes use"
+            time.sleep(1.0)
             assert waiting.poll() is None and not has_spoken(waiting)
             first.kill()
             first.wait()
@@ -82,7 +84,7 @@ def test_a_cpu_leaves_no_choice() -> None:
 
 def test_a_device_stays_taken_until_it_is_given_back(tmp_path: Path) -> None:
     unloaded: list[str] = []
-    turn = Turn(tmp_path, lambda: unloaded.append("teacher"))
+    turn = Turn(tmp_path, lambda: not unloaded.append("teacher"))  # type: ignore[func-returns-value]
 
     def device_of(model: str) -> str | None:
         with turn.taken(model, NAMES) as name:
@@ -109,27 +111,33 @@ def test_a_device_that_is_not_in_use_goes_to_who_waits_for_it(tmp_path: Path, wh
     with turns[0].taken("teacher", NAMES) as first, turns[1].taken("teacher", NAMES) as second:
         assert [first, second] == NAMES
         with holder(tmp_path, which) as waiting:
-            time.sleep(4.0)
+            assert taken_by(waiting).startswith("waits for cuda:0")
+            time.sleep(3.0)
             assert waiting.poll() is None and not has_spoken(waiting), "they are in use"
             waiting.kill()
     with holder(tmp_path, which) as waiting:
-        assert taken_by(waiting) == ("None" if which == "every" else "cuda:0")
-    said: list[str] = []
-    with holder(tmp_path, "every") as other:
-        assert taken_by(other) == "None"
-
-        def end() -> None:
-            while not said:
-                time.sleep(0.05)
-            other.kill()
-
-        ending = threading.Thread(target=end)
-        ending.start()
-        with turns[0].taken("teacher", NAMES, on_wait=said.append) as name:
-            assert name == "cuda:0" and said == ["waits for cuda:0 or cuda:1, which other processes use"]
-        ending.join()
+        said = taken_by(waiting)
+        while said.startswith("waits for "):
+            said = taken_by(waiting)
+        assert said in (["None"] if which == "every" else NAMES)
     for turn in turns:
         turn.give_back()
+
+
+def test_a_device_stays_until_what_is_on_it_is_unloaded(tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def let_go() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) > 2
+
+    turn = Turn(tmp_path, let_go)
+    with turn.taken("teacher", ["cuda:0", "cuda:1"], every=True):
+        asked.clear()
+    with holder(tmp_path) as waiting:
+        assert taken_by(waiting).startswith("waits for cuda:0 or cuda:1")
+        assert taken_by(waiting) == "cuda:0" and len(asked) > 2
+    turn.give_back()
 
 
 @pytest.mark.parametrize(

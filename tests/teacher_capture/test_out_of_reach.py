@@ -15,7 +15,14 @@ import pytest
 
 from distill_assets.dataset_shards.discover import discover_shards, place_of_shard
 from distill_assets.dataset_shards.encode import encode_shard
+from distill_assets.definitions import defs
 from distill_assets.foundation.errors import CaptureOutOfReach, PinnedCapture
+from distill_assets.orchestration.bring_up_to_date import bring_up_to_date
+from distill_assets.orchestration.due import due
+from distill_assets.orchestration.instance import open_instance
+from distill_assets.orchestration.pipeline import Pipeline
+from distill_assets.orchestration.states import AssetStates
+from distill_assets.orchestration.verify import verify
 from distill_assets.teacher_capture.capture import capture_shard
 from distill_assets.teacher_capture.chunks import Chunk, ChunkFolder, Cost, Figures
 from distill_assets.teacher_capture.contents import Needs, contents
@@ -133,3 +140,36 @@ def test_an_import_is_not_called_damaged(bench: Bench) -> None:
         bench.store.pinned(spec, shard)
     assert not isinstance(caught.value, PinnedCapture) and "import it again" not in str(caught.value)
     assert bench.store.pinned(spec, shard) == read_capture(path)
+    before = path.read_bytes()
+    other = tiny.write_jsonl(bench.home.root / "in.jsonl", [line | {"topk_logprobs": [[-0.7], [-0.5], []]}])
+    with out_of_reach(path), pytest.raises(CaptureOutOfReach):
+        import_jsonl(other, "x", spec, bench.store, place)
+    assert path.read_bytes() == before
+
+
+def test_the_others_go_on(bench: Bench) -> None:
+    """A run with an import and a capture that nobody can look into: the shards fail by name, and nothing else."""
+    root = bench.home.root
+    tiny.write_jsonl(root / "shards" / "heldout.jsonl", tiny.example_rows(6, start=50))
+    line = {"input_ids": [7, 10, 11], "topk_ids": [[10], [11], []], "topk_logprobs": [[-0.5], [-0.5], []]}
+    source = tiny.write_jsonl(root / "in.jsonl", [line])
+    imported = import_jsonl(
+        source, "x", bench.spec, bench.store, place_of_shard(root, bench.home.settings().data, "x")
+    ).capture.path
+    bring_up_to_date(defs, bench.home, shards=["s0"], device="cpu")
+    [captured] = bench.home.captures.rglob("s0@*.parquet")
+    whole = {path: path.read_bytes() for path in (imported, captured)}
+    with out_of_reach(imported), out_of_reach(captured):
+        assert {p.path for p in verify(bench.home).problems} >= {imported, captured}
+        for problem in verify(bench.home).problems:
+            if problem.path in whole:
+                assert "and may be whole; mend that, or move it out of captures/" in problem.message
+                assert "delete" not in problem.message and "import it again" not in problem.message
+        with pytest.raises(CaptureOutOfReach), open_instance(bench.home) as instance:
+            due(instance, AssetStates(Pipeline(bench.home)), "teacher_capture")
+        report = bring_up_to_date(defs, bench.home, device="cpu")
+        assert {"s0", "x"} <= report.failures.keys()
+        assert all("cannot be read now" in report.failures[shard] for shard in ("s0", "x"))
+    assert whole == {path: path.read_bytes() for path in whole}
+    after = bring_up_to_date(defs, bench.home, device="cpu")
+    assert not after.failures and after.rows_captured == 6, "the held-out shard alone"
