@@ -180,12 +180,13 @@ def _fetch(called: str, name: str, revision: str | None, folder: Path, wanted: S
         cause = unanswered or error
         if isinstance(cause, RepositoryNotFoundError):
             raise ModelError(
-                f"{called} {name}: no folder at {folder}, and the hub has no such model (or it needs a login)"
+                f"{called} {name}: no folder at {folder}, and the hub has no such model (or it needs a login); "
+                "correct the name"
             ) from None
         offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise ModelError(
             f"{called} {name}: no folder at {folder}, and it could not be fetched from the hub{offline} "
-            f"({first_line(cause)})"
+            f"({first_line(cause)}); correct the path if a folder is meant"
         ) from None
     if unanswered:
         said = first_line(unanswered)
