@@ -226,7 +226,7 @@ class _Before:
         return found | self._read(keys - found.keys())
 
     def _read(self, keys: set[str]) -> dict[str, _Stored]:
-        found = _as_they_are(self._own(), keys)
+        found, wanted = _as_they_are(self._own(), keys), self._spec.targets
         for source, rows in self._others().items():
             left = keys - found.keys()
             if source.as_they_are:
@@ -234,7 +234,7 @@ class _Before:
             else:
                 held = targets_at(rows.places(left))
                 found |= {
-                    key: _Stored(source.serve(stored, self._spec.targets), (source.capture_id,))
+                    key: _Stored(stored.narrowed(wanted.k, wanted.min_probability), (source.capture_id,))
                     for key, (_, stored) in held.items()
                 }
         return found

@@ -17,7 +17,6 @@ from distill_assets.foundation.settings import TargetSettings
 from distill_assets.teacher_capture.chunks import told_identity
 from distill_assets.teacher_capture.identity import CaptureSpec
 from distill_assets.teacher_capture.reuse import KeyIndex
-from distill_assets.teacher_capture.sparse_targets import SparseTargets
 from distill_assets.teacher_capture.store import CaptureStore, WithoutDamaged, read_capture
 
 
@@ -40,10 +39,6 @@ class Source:
 
     capture_id: str
     as_they_are: bool
-
-    def serve(self, stored: SparseTargets, wanted: TargetSettings) -> SparseTargets:
-        """What a row stored there gives."""
-        return stored if self.as_they_are else stored.narrowed(wanted.k, wanted.min_probability)
 
 
 def sources(store: CaptureStore, spec: CaptureSpec) -> list[Source]:

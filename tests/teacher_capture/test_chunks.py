@@ -74,7 +74,7 @@ def test_a_chunk_of_an_older_schema_is_finished(bench: Bench, monkeypatch: pytes
     assert pq.read_table(report.capture.path).equals(pq.read_table(undisturbed))
 
 
-def test_finished_chunks_outlive_a_run_with_smaller_ones(bench: Bench, tmp_path: Path) -> None:
+def test_finished_chunks_outlive_a_run_with_smaller_ones(bench: Bench) -> None:
     """The first of the smaller begins where the larger one did."""
     rows = tiny.example_rows(60)
     tiny.write_jsonl(bench.home.root / "shards" / "s0.jsonl", rows)
@@ -84,7 +84,7 @@ def test_finished_chunks_outlive_a_run_with_smaller_ones(bench: Bench, tmp_path:
         pass
 
     def run(batch_tokens: int, until: float) -> int:
-        """Rows captured, all in all, by a run that ends when so much of what it had to do is done."""
+        """The shard's tokens; 0 from a run that ends when so much of what it had to do is done."""
         scored.append(0)
 
         def listen(progress: Progress) -> None:
